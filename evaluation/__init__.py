@@ -1,0 +1,1 @@
+"""Feature networks, distances between image sets, reconstruction metrics."""

@@ -1,0 +1,1 @@
+"""Generators over normalised latents, one file a model, and what they share."""

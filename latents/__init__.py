@@ -1,0 +1,1 @@
+"""The latent cache, and the foundations that every other package shares."""

@@ -1,0 +1,1 @@
+"""The stages: data, trainers, encoding, sampling, scoring, and the command line."""

@@ -1,0 +1,1 @@
+"""The l-DeTok tokenizer: network, corruption, losses."""
