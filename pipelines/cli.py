@@ -1,0 +1,95 @@
+"""The ``detok-pipe`` command: finds the commands, and turns errors into exit codes.
+
+Commands live in ``commands_*.py`` and are imported only when asked for, so that
+``detok-pipe -h`` answers at once. Exit codes: 0 done, 2 user error, 3 done but some
+inputs were quarantined, 130 and 143 interrupted (SIGINT, SIGTERM) with the work saved.
+"""
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from detok_pipe.latents.errors import DetokError, Interrupted
+
+COMMANDS = {
+    "quickstart": ("commands_demo", "The whole pipeline on real pictures, in ten minutes."),
+    "train-tok": ("commands_train", "Train an l-DeTok tokenizer."),
+    "eval-tok": ("commands_train", "Measure and picture a tokenizer's reconstructions."),
+    "encode": ("commands_cache", "Write the latent cache of an image set."),
+    "finalize": ("commands_cache", "Finish a cache whose shards are all written."),
+    "info": ("commands_cache", "Describe a latent cache."),
+    "verify": ("commands_cache", "Check each shard of a latent cache."),
+    "convert": ("commands_cache", "Convert a latent cache between WebDataset and Zarr."),
+    "train-gen": ("commands_train", "Train a generator from a latent cache."),
+    "sample": ("commands_score", "Draw sample latents from a generator."),
+    "score": ("commands_score", "Score a sample store against reference statistics."),
+    "sweep-cfg": ("commands_score", "Find the best guidance scale, then score there."),
+    "fid-stats": ("commands_score", "Compute reference statistics from images."),
+    "export-images": ("commands_score", "Decode a sample store to PNG or npz."),
+    "report": ("commands_demo", "Write one self-contained HTML page about a run."),
+    "presets": ("commands_train", "List the presets, or show one."),
+}
+"""Command -> (module, one-line help), in the order in which a user needs them."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"detok_pipe.pipelines.{COMMANDS[cmd_name][0]}")
+        return getattr(module, cmd_name.replace("-", "_"))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help) for name, (_, help) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="detok-pipe", prog_name="detok-pipe")
+def group() -> None:
+    """Latent caches and image generators on l-DeTok latents.
+
+    \b
+    First time?   detok-pipe quickstart
+    Own images:   train-tok -> encode -> train-gen -> sweep-cfg
+    """
+
+
+def _raise_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted("terminated by SIGTERM; run the same command again to go on", signum)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with a code of the table in this module's docstring."""
+    signal.signal(signal.SIGTERM, _raise_on_sigterm)
+    try:
+        code = group.main(args=arguments, prog_name="detok-pipe", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; run the same command again to go on", err=True)
+        code = 128 + signal.SIGINT
+    except KeyboardInterrupt:
+        click.echo("interrupted; run the same command again to go on", err=True)
+        code = 128 + signal.SIGINT
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except DetokError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Options that several commands share, so that they read and behave alike everywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+"""A folder that a command reads or creates."""
+
+PATH = click.Path(path_type=Path)
+"""A file or folder; whether it exists is checked where the error can say what to do."""
+
+
+def seed_option(function: Command) -> Command:
+    """``--seed``: every random number of the command follows from it."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of all random numbers that this command draws.",
+    )(function)
+
+
+def device_option(function: Command) -> Command:
+    """``--device``: where tensors live; the default is what Accelerate finds."""
+    return click.option(
+        "--device",
+        default=None,
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps, ... Default: a GPU where there is one.",
+    )(function)
+
+
+def quiet_option(function: Command) -> Command:
+    """``--quiet``: no progress, only results, warnings and errors."""
+    return click.option(
+        "-q", "--quiet", is_flag=True, help="Show no progress, only results and errors."
+    )(function)
+
+
+def set_option(function: Command) -> Command:
+    """``--set key=value``: override one value of a preset; may be repeated."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override one value of the preset (typed and checked). May be repeated.",
+    )(function)
+
+
+def dry_run_option(function: Command) -> Command:
+    """``--dry-run``: print the resolved configuration and what the step needs, and stop."""
+    return click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print the resolved configuration, parameters, disk and memory needed; do nothing.",
+    )(function)
+
+
+def out_option(help: str, *, required: bool = True) -> Callable[[Command], Command]:
+    """``--out FOLDER``: where the command writes."""
+    return click.option("--out", type=FOLDER, required=required, help=help)
+
+
+def tokenizer_option(required: bool = True) -> Callable[[Command], Command]:
+    """``--tokenizer RUN``: a tokenizer's run directory."""
+    return click.option(
+        "--tokenizer", type=FOLDER, required=required, help="Run directory of a tokenizer."
+    )
