@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.pipelines.config import (
+    Execution,
+    GeneratorConfig,
+    TokenizerConfig,
+    duration_in_steps,
+    from_json,
+    to_json,
+    with_overrides,
+)
+
+
+def test_overrides_are_typed_by_their_field():
+    changed = with_overrides(
+        TokenizerConfig(),
+        ["gamma=2", "betas=0.9,0.99", "encoder=192,4,6", "flip=false", "perceptual=none"],
+    )
+    assert changed == TokenizerConfig(
+        gamma=2.0, betas=(0.9, 0.99), encoder="192,4,6", flip=False, perceptual="none"
+    )
+    assert isinstance(changed.gamma, float)
+
+
+def test_overrides_reach_into_the_model_and_accept_none():
+    changed = with_overrides(
+        GeneratorConfig(clip=1.0), ["model.width=256", "model.dropout=0", "clip=null"]
+    )
+    assert changed.model == {"width": 256, "dropout": 0}
+    assert changed.clip is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gama=2", ["gama", "gamma"]),
+        ("gamma=high", ["gamma=high", "number"]),
+        ("gamma", ["key=value"]),
+        ("perceptual=vgg", ["efficientnet-lite2"]),
+        ("duration=3 parsecs", ["3 parsecs", "100 epochs"]),
+        ("image_size=100", ["100", "16"]),
+        ("mask_ratio=1", ["mask_ratio", "1"]),
+    ],
+)
+def test_a_wrong_override_says_what_is_wrong(override, words):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(TokenizerConfig(), [override])
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [("7 steps", 7), ("1 epoch", 4), ("2.5 epochs", 10), ("1 kimages", 4), ("1image", 1)],
+)
+def test_durations_round_up_to_whole_batches(duration, steps):
+    assert duration_in_steps(duration, images=1000, global_batch=256) == steps
+
+
+@pytest.mark.parametrize("config", [TokenizerConfig(), GeneratorConfig(classes=("a", "b"))])
+def test_a_configuration_survives_json(config):
+    assert from_json(type(config), to_json(config), where="x") == config
+
+
+def test_a_key_of_a_newer_version_is_refused():
+    with pytest.raises(ConfigError, match=r"run/config.json.*frobnicate"):
+        from_json(GeneratorConfig, {"frobnicate": 1}, where="run/config.json")
+
+
+def test_the_learning_rate_follows_the_global_batch():
+    assert TokenizerConfig(global_batch=1024).lr == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize(
+    "field", ["log_every", "checkpoint_every", "keep_checkpoints", "micro_batch"]
+)
+def test_execution_refuses_counts_below_one(field):
+    with pytest.raises(ConfigError, match=field):
+        dataclasses.replace(Execution(), **{field: 0})
