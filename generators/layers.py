@@ -1,0 +1,247 @@
+"""Pieces that the generators share: embeddings, adaLN modulation, attention, blocks.
+
+Module and parameter names follow the published checkpoints. Widths are written W, heads H, head
+width D = W / H, B images, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from detok_pipe.latents.noise import Noise, ReplayNoise
+
+LAYER_NORM_EPS = 1e-6
+AnyNoise = Noise | ReplayNoise
+Rope = tuple[Tensor, Tensor]
+
+
+def timestep_features(t: Tensor, size: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of t (...,): fp32 (..., size), cosines first, then sines."""
+    half = size // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angle = t.float().unsqueeze(-1) * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features, then linear-SiLU-linear: t (...,) -> (..., W)."""
+
+    def __init__(self, width: int, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_features(t, self.features).to(self.mlp[0].weight.dtype))
+
+
+def drop_labels(condition: Tensor, probability: float, noise: AnyNoise) -> Tensor:
+    """Labels (B,) with some replaced by -1 (null), for guidance; noise name "label_drop"."""
+    if probability <= 0:
+        return condition
+    dropped = noise.uniform("label_drop", ()) < probability
+    return condition.masked_fill(dropped, -1)
+
+
+def embed_labels(condition: Tensor, table: nn.Embedding, null: Tensor) -> Tensor:
+    """Labels (B,), -1 for null -> (B, W): rows of `table`, or the vector `null` (1, W)."""
+    return torch.where(condition[:, None] < 0, null, table(condition.clamp_min(0)))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, scale + 1)
+
+
+def modulation(width: int, parts: int) -> nn.Sequential:
+    """linear(SiLU(condition)) to `parts` vectors of `width`; zero at the start of training."""
+    linear = nn.Linear(width, parts * width)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.SiLU(), linear)
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every linear layer below `module`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding on adjacent channel pairs. x (B, H, N, D), cos and sin (N, D)."""
+    cos, sin = rope
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for one attention layer.
+
+    Both buffers (B, H, capacity, D) are allocated once; `append` returns views of their
+    filled part.
+    """
+
+    def __init__(
+        self, batch: int, heads: int, capacity: int, head_width: int, like: Tensor
+    ) -> None:
+        self.keys = like.new_empty(batch, heads, capacity, head_width)
+        self.values = like.new_empty(batch, heads, capacity, head_width)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (b, H, n, D) for the first b rows; returns all of theirs, (b, H, length, D)."""
+        batch, start = len(keys), self.length
+        self.length = stop = start + keys.shape[2]
+        self.keys[:batch, :, start:stop] = keys
+        self.values[:batch, :, start:stop] = values
+        return self.keys[:batch, :, :stop], self.values[:batch, :, :stop]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection with bias.
+
+    timm's has neither rotary embedding with a cache nor queries from a part of the tokens.
+
+    Args:
+        norm: makes the normalisation of queries and keys over D; None for none.
+        dropout: on the attention weights and on the output projection.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        norm: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = norm(width // heads) if norm else nn.Identity()
+        self.k_norm = norm(width // heads) if norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def _project(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
+        """`count` of (query, key, value) of x (B, N, W), from number `first`: (B, H, N, D)."""
+        if count == 3:
+            out = self.qkv(x)
+        else:
+            width = x.shape[-1]
+            rows = slice(first * width, (first + count) * width)
+            out = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        return out.unflatten(-1, (count, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        queries: slice | None = None,
+        rope: Rope | None = None,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x (B, N, W) -> (B, N, W), or (B, n, W) for the n places that `queries` selects.
+
+        With `cache`, x holds one new token a row, which attends to all cached ones and itself.
+        """
+        if queries is None:
+            q, k, v = self._project(x, 0, 3)
+        else:
+            (q,) = self._project(x[:, queries], 0, 1)
+            k, v = self._project(x, 1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        out = self.proj(out.transpose(1, 2).flatten(2))  # (B, n, W)
+        return F.dropout(out, dropout) if dropout else out
+
+
+def gelu_mlp(width: int) -> nn.Module:
+    """linear-GELU-linear, 4 times as wide inside."""
+    return Mlp(width, 4 * width)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (LayerNorm, attention, GELU MLP) without condition.
+
+    `dropout` acts in the attention, not in the MLP.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = gelu_mlp(width)
+
+    def forward(self, x: Tensor, queries: slice | None = None) -> Tensor:
+        """x (B, N, W) -> (B, N, W); with `queries` only those places, (B, n, W)."""
+        attended = self.attn(self.norm1(x), queries=queries)
+        x = (x if queries is None else x[:, queries]) + attended
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block whose norms are modulated and whose branches are gated by a condition.
+
+    Peebles and Xie 2023, "Scalable diffusion models with transformers" (adaLN-zero).
+
+    Args:
+        norm: makes norm1 and norm2 from the width.
+        mlp: makes the MLP from the width.
+        qk_norm: makes the normalisation of queries and keys, None for none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        norm: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module] = gelu_mlp,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(width)
+        self.attn = Attention(width, heads, norm=qk_norm)
+        self.norm2 = norm(width)
+        self.mlp = mlp(width)
+        self.adaLN_modulation = modulation(width, 6)
+
+    def forward(
+        self,
+        x: Tensor,
+        parts: Tensor,
+        *,
+        rope: Rope | None = None,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x (B, N, W) -> (B, N, W).
+
+        Args:
+            parts: `adaLN_modulation` of the condition, (B, N, 6 W), or (B, 1, 6 W) where all
+                tokens of an image share it: (shift, scale, gate) of attention, then of the MLP.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=-1)
+        attended = self.attn(
+            modulate(self.norm1(x), shift1, scale1), rope=rope, causal=causal, cache=cache
+        )
+        x = torch.addcmul(x, gate1, attended)
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
