@@ -58,7 +58,9 @@ class _RateColumn(TextColumn):
 class ProgressTask:
     """Handle given out by :func:`progress`."""
 
-    def __init__(self, name: str, total: int, unit: str, initial: int, bar: Progress | None) -> None:
+    def __init__(
+        self, name: str, total: int, unit: str, initial: int, bar: Progress | None
+    ) -> None:
         self.name, self.total, self.unit, self.initial = name, total, unit, initial
         self.done = initial
         self._bar = bar

@@ -1,0 +1,175 @@
+"""Commands that train: ``train-tok``, ``eval-tok``, ``train-gen``, ``presets``."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from detok_pipe.pipelines.cli_options import (
+    FOLDER,
+    PATH,
+    Command,
+    device_option,
+    dry_run_option,
+    out_option,
+    quiet_option,
+    set_option,
+)
+
+
+def _execution_options(function: Command) -> Command:
+    """Options of how a run is carried out, the same for both trainers."""
+    options = [
+        click.option(
+            "--micro-batch",
+            type=click.IntRange(1),
+            help="Rows a process computes at once; gradients add up to the global batch.",
+        ),
+        click.option(
+            "--checkpoint-every",
+            type=click.IntRange(1),
+            default=1000,
+            show_default=True,
+            help="Steps between checkpoints.",
+        ),
+        click.option(
+            "--log-every",
+            type=click.IntRange(1),
+            default=20,
+            show_default=True,
+            help="Steps between lines of metrics.jsonl.",
+        ),
+        click.option("--compile", "compile_", is_flag=True, help="Use torch.compile."),
+        click.option(
+            "--tracker",
+            "trackers",
+            multiple=True,
+            default=["tensorboard"],
+            show_default=True,
+            help="Accelerate tracker (tensorboard, wandb, ...). May be repeated.",
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0), help="Seed; the preset's is 0. Same as --set seed=N."
+        ),
+        device_option,
+        quiet_option,
+        set_option,
+        dry_run_option,
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _execution(values: dict[str, Any]) -> Any:
+    from detok_pipe.pipelines.config import Execution
+
+    return Execution(
+        device=values["device"],
+        micro_batch=values["micro_batch"],
+        log_every=values["log_every"],
+        checkpoint_every=values["checkpoint_every"],
+        compile=values["compile_"],
+        trackers=tuple(values["trackers"]),
+        quiet=values["quiet"],
+    )
+
+
+def _resolved(preset: Callable[[str], Any], name: str, values: dict[str, Any]) -> Any:
+    from detok_pipe.pipelines.config import with_overrides
+
+    overrides = list(values["overrides"])
+    if values["seed"] is not None:
+        overrides.append(f"seed={values['seed']}")
+    return with_overrides(preset(name), overrides)
+
+
+def _print_plan(config: Any, facts: dict[str, Any]) -> None:
+    from detok_pipe.pipelines.config import to_json
+
+    click.echo(json.dumps({"config": to_json(config), **facts}, indent=2))
+
+
+@click.command("train-tok")
+@click.argument("preset")
+@click.option("--data", type=PATH, required=True, help="Class folders, a list file, or tars.")
+@out_option("Run directory; the same command again goes on where it stopped.")
+@click.option("--weights-dir", type=FOLDER, help="Where published weights lie (VGG16, ConvNeXt).")
+@_execution_options
+def train_tok(preset: str, data: Path, out: Path, weights_dir: Path | None, **values: Any) -> None:
+    """Train the l-DeTok tokenizer of PRESET on images.
+
+    \b
+    Example:
+      detok-pipe train-tok detok-bb --data imagenet/train --out runs/tok
+      detok-pipe train-tok detok-sb --data photos --out runs/small --set "duration=20 epochs"
+    """
+    from detok_pipe.pipelines.images import open_images
+    from detok_pipe.pipelines.presets import tokenizer_preset
+    from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer
+
+    config = _resolved(tokenizer_preset, preset, values)
+    if values["dry_run"]:
+        _print_plan(config, describe(config, open_images(data)))
+    else:
+        train_tokenizer(config, data, out, _execution(values), weights_dir=weights_dir)
+
+
+@click.command("train-gen")
+@click.argument("preset")
+@click.option("--latents", type=FOLDER, required=True, help="A finished latent cache.")
+@out_option("Run directory; the same command again goes on where it stopped.")
+@_execution_options
+def train_gen(preset: str, latents: Path, out: Path, **values: Any) -> None:
+    """Train the generator of PRESET from a latent cache.
+
+    \b
+    Example:
+      detok-pipe train-gen mar-l --latents cache --out runs/mar-l
+      accelerate launch --num_processes 8 -m detok_pipe.pipelines.cli \\
+        train-gen sit-b --latents cache --out runs/sit-b
+      detok-pipe train-gen mar-b --latents cache --out runs/tiny --set model.width=256
+    """
+    from detok_pipe.latents.cache import open_cache
+    from detok_pipe.pipelines.presets import generator_preset
+    from detok_pipe.pipelines.train_generator import describe, train_generator
+
+    config = _resolved(generator_preset, preset, values)
+    if values["dry_run"]:
+        _print_plan(config, describe(config, open_cache(latents)))
+    else:
+        train_generator(config, latents, out, _execution(values))
+
+
+@click.command("presets")
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the recipes, or show one with all its values.
+
+    \b
+    Example:
+      detok-pipe presets
+      detok-pipe presets mar-l
+    """
+    from detok_pipe.pipelines import presets as table
+    from detok_pipe.pipelines.config import to_json
+
+    if name is None:
+        for kind, entries in (
+            ("tokenizers (train-tok)", table.TOKENIZER_PRESETS),
+            ("generators (train-gen)", table.GENERATOR_PRESETS),
+        ):
+            click.echo(f"{kind}:")
+            for preset, recipe in entries.items():
+                click.echo(f"  {preset:20} {(recipe.__doc__ or '').splitlines()[0]}")
+        others = sorted(set(table.generator_names()) - table.GENERATOR_PRESETS.keys())
+        click.echo(f"other generators, with the common recipe: {', '.join(others)}")
+        return
+    recipe = table.TOKENIZER_PRESETS.get(name) or table.GENERATOR_PRESETS.get(name)
+    if recipe is not None:
+        click.echo(inspect.getdoc(recipe))
+    config = recipe() if recipe is not None else table.generator_preset(name)
+    click.echo(json.dumps(to_json(config), indent=2))

@@ -1,0 +1,174 @@
+"""Trained networks, loaded from run directories with what identifies them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detok_pipe.generators.registry import build_generator
+from detok_pipe.latents.errors import CheckpointError, MismatchError
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, from_json
+from detok_pipe.pipelines.run_directory import Checkpoint, latest_checkpoint, read_config
+from detok_pipe.tokenizer.model import LDeTok, encoder_keys
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of the tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer ready to encode and decode, in evaluation mode, without gradients.
+
+    Attributes:
+        model: the network. image_size: side in pixels of the images that it takes.
+        identity: what identifies the encoder (a cache stays valid while this is the same).
+        decoder: fingerprint of the decoder's weights.
+    """
+
+    model: LDeTok
+    image_size: int
+    identity: dict[str, Any]
+    decoder: str
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A generator ready to sample, in evaluation mode, without gradients.
+
+    Attributes:
+        stats: normalisation of the latents that it was trained on.
+        identity: what identifies its weights and what they were trained from.
+        class_names: names of the labels. record: the run's whole ``config.json``.
+    """
+
+    model: nn.Module
+    stats: LatentStats
+    grid: tuple[int, ...]
+    class_names: list[str]
+    identity: dict[str, Any]
+    record: dict[str, Any]
+    path: Path
+
+
+def build_tokenizer(config: TokenizerConfig) -> LDeTok:
+    """The network that a configuration describes, freshly initialised from torch's seed."""
+    return LDeTok(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        encoder=config.encoder,
+        decoder=config.decoder,
+    )
+
+
+def _newest(run: Path) -> Checkpoint:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; let its training reach the first one")
+    return checkpoint
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the network of its config.json: {error}"
+        ) from error
+
+
+def load_tokenizer(
+    run: Path, *, device: torch.device | str = "cpu", ema: bool = True
+) -> TrainedTokenizer:
+    """The newest whole checkpoint of a tokenizer run.
+
+    Raises:
+        CheckpointError: no tokenizer run, no checkpoint, or a checkpoint of another network.
+    """
+    record = read_config(run, "tokenizer")
+    config = from_json(TokenizerConfig, record["config"], where=str(run / "config.json"))
+    checkpoint = _newest(run)
+    tensors = checkpoint.tensors("ema" if ema else "model")
+    model = build_tokenizer(config)
+    _load(model, tensors, checkpoint)
+    encoder = encoder_keys(tensors)
+    identity = {
+        "name": "l-detok",
+        "encoder": fingerprint({key: tensors[key] for key in encoder}),
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "channels": config.channels,
+        "size": config.encoder,
+    }
+    decoder = fingerprint({key: tensors[key] for key in tensors.keys() - encoder})
+    model = model.to(device).eval().requires_grad_(False)
+    return TrainedTokenizer(model, config.image_size, identity, decoder, run, checkpoint.step)
+
+
+def load_generator(
+    run: Path, *, device: torch.device | str = "cpu", ema: bool = True
+) -> TrainedGenerator:
+    """The newest whole checkpoint of a generator run.
+
+    Raises:
+        CheckpointError: no generator run, no checkpoint, or a checkpoint of another network.
+    """
+    record = read_config(run, "generator")
+    config = from_json(GeneratorConfig, record["config"], where=str(run / "config.json"))
+    checkpoint = _newest(run)
+    tensors = checkpoint.tensors("ema" if ema else "model")
+    latents = record["latents"]
+    model = build_generator(
+        config.generator,
+        grid=tuple(latents["grid"]),
+        channels=latents["channels"],
+        num_classes=len(latents["class_names"]),
+        **config.model,
+    )
+    _load(model, tensors, checkpoint)
+    identity = {
+        "generator": config.generator,
+        "weights": fingerprint(tensors),
+        "ema": ema,
+        "step": checkpoint.step,
+        "cache": record["inputs"]["cache"],
+        "tokenizer": record["inputs"]["tokenizer"],
+    }
+    model = model.to(device).eval().requires_grad_(False)
+    return TrainedGenerator(
+        model=model,
+        stats=LatentStats.from_json(latents["stats"]),
+        grid=tuple(latents["grid"]),
+        class_names=latents["class_names"],
+        identity=identity,
+        record=record,
+        path=run,
+    )
+
+
+def check_tokenizer_fits(tokenizer: TrainedTokenizer, wanted: dict[str, Any], what: str) -> None:
+    """Check that latents of ``what`` come from this tokenizer's encoder.
+
+    Raises:
+        MismatchError: naming the first field that differs, with both values.
+    """
+    for key, value in wanted.items():
+        if tokenizer.identity.get(key) != value:
+            raise MismatchError(
+                f"the tokenizer {tokenizer.path} does not belong to {what}: its {key} is "
+                f"{tokenizer.identity.get(key)!r}, and the latents were made with {value!r}"
+            )
