@@ -60,18 +60,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
-    """linear(SiLU(condition)) to `parts` vectors of `width`; zero at the start of training."""
-    linear = nn.Linear(width, parts * width)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.SiLU(), linear)
+    """linear(SiLU(condition)) to `parts` vectors of `width`."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases in every linear layer below `module`."""
-    for layer in module.modules():
+    """Xavier-uniform weights and zero biases in every linear layer below `module`.
+
+    Modulations and final layers become zero, so that a block starts as the identity and a
+    network predicts zero.
+    """
+    for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
+            if name.endswith(("adaLN_modulation.1", "final_layer.linear")):
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

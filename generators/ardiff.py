@@ -1,0 +1,217 @@
+"""RandomAR and RasterAR: decoder-only autoregressive generation with a diffusion head.
+
+The sequence is [BOS, tokens in generation order] without its last token; place i predicts token
+i and knows which grid place that is (its target position embedding). RasterAR goes in raster
+order, RandomAR in a new random order for each image. Sampling keeps every layer's keys and
+values, so a step costs one token. B images, N tokens, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detok_pipe.generators.guidance import scale_at
+from detok_pipe.generators.head import DiffusionHead
+from detok_pipe.generators.layers import (
+    LAYER_NORM_EPS,
+    AdaLNBlock,
+    AnyNoise,
+    KeyValueCache,
+    drop_labels,
+    embed_labels,
+    init_linear_layers,
+    modulate,
+    modulation,
+)
+from detok_pipe.generators.patch import patchify, token_grid, unpatchify
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents.errors import ConfigError
+
+
+class FinalModulation(nn.Module):
+    """LayerNorm without affine, modulated by the class; the head takes its output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x: Tensor, parts: Tensor) -> Tensor:
+        """x (B, n, W); parts (B, 1, 2 W), `adaLN_modulation` of the class embedding."""
+        shift, scale = parts.chunk(2, dim=-1)
+        return modulate(F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), shift, scale)
+
+
+class ARDiff(nn.Module):
+    """Autoregressive generator: RandomAR (`order="random"`) or RasterAR (`order="raster"`).
+
+    Noise names: "label_drop", "order" (random order only), "head/t", "head/noise" in training;
+    "order" and "head/<token>" in sampling. Sampling uses all options but `iterations` and
+    `method`; `steps` None means 100 head steps.
+
+    Args:
+        grid: latent grid, (h, w) or (n,). channels: latent channels C. num_classes: labels.
+        width, depth, heads: of the transformer. head_width, head_depth: of the diffusion head.
+        patch_size: latent places a token's side covers.
+        label_drop: share of labels replaced by null in training.
+        head_draws: (t, noise) pairs a token in the loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Sequence[int],
+        channels: int,
+        num_classes: int,
+        order: Literal["random", "raster"],
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        head_width: int = 1024,
+        head_depth: int = 3,
+        patch_size: int = 1,
+        label_drop: float = 0.1,
+        head_draws: int = 4,
+    ) -> None:
+        super().__init__()
+        if order not in ("random", "raster"):
+            raise ConfigError(f"order: must be random or raster, got {order!r}")
+        self.grid, self.channels, self.num_classes = tuple(grid), channels, num_classes
+        self.tokens = math.prod(token_grid(grid, patch_size))
+        self.patch_size, self.order, self.heads = patch_size, order, heads
+        self.label_drop, self.head_draws = label_drop, head_draws
+        token_channels = channels * patch_size**2
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(1, *shape) * 0.02)
+
+        self.fake_latent = table(width)
+        self.bos_token = table(1, width)
+        self.pos_embed = table(self.tokens + 1, width)
+        self.target_pos_embed = table(self.tokens, width)
+        self.timesteps_embeddings = table(self.tokens + 1, width)
+        self.class_emb = nn.Embedding(num_classes, width)
+        self.x_embedder = nn.Linear(token_channels, width)
+        self.ln_pre = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        self.transformer = nn.ModuleDict(
+            {"blocks": nn.ModuleList(AdaLNBlock(width, heads, norm=norm) for _ in range(depth))}
+        )
+        self.final_layer = FinalModulation(width)
+        init_linear_layers(self)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+        self.diffloss = DiffusionHead(token_channels, width, width=head_width, depth=head_depth)
+
+    def places(self, noise: AnyNoise, device: torch.device) -> Tensor:
+        """Generation orders (B, N) int64: the grid place of each token of the sequence."""
+        if self.order == "raster":
+            return torch.arange(self.tokens, device=device).expand(len(noise), -1)
+        return noise.uniform("order", (self.tokens,)).argsort(dim=1)
+
+    def transform(self, tokens: Tensor, order: Tensor, condition: Tensor) -> Tensor:
+        """The head's conditions (B, N, W) for all tokens at once (training).
+
+        Args:
+            tokens: (B, N, c) in generation order. order: (B, N) int64. condition: (B,).
+        """
+        position = self.pos_embed[0]
+        known = self.x_embedder(tokens[:, :-1]) + position[1:][order[:, :-1]]
+        start = (self.bos_token + position[:1]).expand(len(tokens), -1, -1)
+        x = torch.cat((start, known), dim=1) + self.target_pos_embed[0][order]
+        x = self.ln_pre(x)
+        label = embed_labels(condition, self.class_emb, self.fake_latent)[:, None]  # (B, 1, W)
+        steps = label + self.timesteps_embeddings[:, : self.tokens]  # (B, N, W)
+        for block in self.transformer["blocks"]:
+            x = block(x, block.adaLN_modulation(steps), causal=True)
+        return self.final_layer(x, self.final_layer.adaLN_modulation(label))
+
+    def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
+        """Mean diffusion loss over all tokens. z (B, N p^2, C) fp32 normalised."""
+        tokens = patchify(z, self.grid, self.patch_size, "crq")
+        if self.training:
+            condition = drop_labels(condition, self.label_drop, noise)
+        order = self.places(noise, z.device)
+        tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+        decoded = self.transform(tokens, order, condition)
+        return self.diffloss.loss(tokens, decoded, noise, self.head_draws)
+
+    forward = loss
+
+    @torch.no_grad()
+    def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
+        """Labels (B,) int64, -1 for null -> latents (B, N p^2, C) fp32, normalised."""
+        batch = len(condition)
+        scales = [scale_at(sampling, i / self.tokens) for i in range(self.tokens)]
+        # Beyond the last guided step nobody asks for the null half's keys and values.
+        guided_until = max((i + 1 for i, scale in enumerate(scales) if scale != 1.0), default=0)
+        steps = sampling.steps or 100
+        guided = sampling.guided_channels
+        head = self.diffloss.sampler(
+            steps,
+            temperature=sampling.temperature,
+            guided_channels=guided and guided * self.patch_size**2,
+        )
+        order = self.places(noise, condition.device)
+        decoder = _CachedDecoder(self, condition, order, guided=guided_until > 0)
+        new: Tensor | None = None
+        tokens = []
+        for i, scale in enumerate(scales):
+            decoded = decoder.step(i, new, halves=2 if i < guided_until else 1)
+            decoded = decoded if scale != 1.0 else decoded[:batch]
+            draws = noise.normal_steps(f"head/{i}", steps + 1, (self.diffloss.channels,))
+            new = head(decoded, draws, scale)  # (B, c)
+            tokens.append(new)
+        z = torch.stack(tokens, dim=1)
+        z = z.gather(1, order.argsort(dim=1)[..., None].expand_as(z))
+        return unpatchify(z, self.grid, self.patch_size, "crq")
+
+
+class _CachedDecoder:
+    """The transformer of `ARDiff`, one token at a time, with preallocated keys and values.
+
+    The null rows share one condition, so its modulations are made for one row.
+    """
+
+    def __init__(self, model: ARDiff, condition: Tensor, order: Tensor, *, guided: bool) -> None:
+        self.model = model
+        self.batch = len(condition)
+        null = condition.new_full((1,), -1)
+        labels = torch.cat((condition, null)) if guided else condition
+        self.label = embed_labels(labels, model.class_emb, model.fake_latent)  # (B + 1, W)
+        self.final = model.final_layer.adaLN_modulation(self.label)
+        self.position = model.pos_embed[0, 1:][order]  # (B, N, W), of the tokens as inputs
+        self.target = model.target_pos_embed[0][order]  # (B, N, W), of the tokens as targets
+        width = self.label.shape[-1]
+        rows = self.batch * (2 if guided else 1)
+        self.caches = [
+            KeyValueCache(rows, model.heads, model.tokens, width // model.heads, self.label)
+            for _ in model.transformer["blocks"]
+        ]
+
+    def _spread(self, parts: Tensor, halves: int) -> Tensor:
+        """Rows of B images (and one null row) -> (B, 1, ...) or (2B, 1, ...)."""
+        if halves == 2:
+            null = parts[self.batch :].expand(self.batch, -1)
+            parts = torch.cat((parts[: self.batch], null))
+        return parts[: halves * self.batch, None]
+
+    def step(self, i: int, token: Tensor | None, halves: int) -> Tensor:
+        """The head's condition for token i, (halves * B, W); `token` (B, c) is number i - 1."""
+        model = self.model
+        if token is None:
+            x = model.bos_token[:, 0] + model.pos_embed[:, 0]
+        else:
+            x = model.x_embedder(token.to(self.label.dtype)) + self.position[:, i - 1]
+        x = model.ln_pre(x + self.target[:, i]).repeat(halves, 1)[:, None]  # (B', 1, W)
+        label = self.label if halves == 2 else self.label[: self.batch]
+        step = label + model.timesteps_embeddings[:, i]
+        for block, cache in zip(model.transformer["blocks"], self.caches, strict=True):
+            parts = self._spread(block.adaLN_modulation(step), halves)
+            x = block(x, parts, cache=cache)
+        return model.final_layer(x, self._spread(self.final, halves))[:, 0]

@@ -1,0 +1,115 @@
+"""Generators by name: one table of sizes, one constructor each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from detok_pipe.generators.ardiff import ARDiff
+from detok_pipe.generators.mar import MAR
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents.errors import ConfigError
+
+# (width, depth, heads); MAR has so many blocks in the encoder and in the decoder.
+SIZES = {
+    "s": (512, 8, 8),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "xl": (1152, 28, 16),
+    "h": (1280, 32, 16),
+}
+MAR_SIZES = {"b": (768, 12, 12), "l": (1024, 16, 16), "h": (1280, 20, 16)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of generator.
+
+    Attributes:
+        build: the constructor. sizes: its names' (width, depth, heads).
+        sampling: the published sampling options, at the guidance scale of its best score.
+    """
+
+    build: Callable[..., nn.Module]
+    sizes: Mapping[str, tuple[int, int, int]]
+    sampling: Sampling
+
+
+FAMILIES: dict[str, Family] = {
+    "mar": Family(
+        MAR,
+        MAR_SIZES,
+        Sampling(guidance_scale=3.9, guidance_schedule="linear"),
+    ),
+    "random-ar": Family(
+        partial(ARDiff, order="random"),
+        SIZES,
+        Sampling(guidance_scale=3.9, guidance_schedule="linear"),
+    ),
+    "raster-ar": Family(
+        partial(ARDiff, order="raster"),
+        SIZES,
+        Sampling(guidance_scale=3.9, guidance_schedule="linear"),
+    ),
+}
+
+
+def generator_names() -> list[str]:
+    """All names that `build_generator` knows, such as "mar-b"."""
+    return [f"{family}-{size}" for family, entry in FAMILIES.items() for size in entry.sizes]
+
+
+def _family(name: str) -> tuple[Family, tuple[int, int, int]]:
+    family, _, size = name.rpartition("-")
+    if family in FAMILIES and size in FAMILIES[family].sizes:
+        return FAMILIES[family], FAMILIES[family].sizes[size]
+    near = difflib.get_close_matches(name, generator_names(), n=3)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(generator_names())}"
+    )
+    raise ConfigError(f"generator {name!r} is unknown; {hint}")
+
+
+def default_sampling(name: str) -> Sampling:
+    """The published sampling options of a generator.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    return _family(name)[0].sampling
+
+
+def build_generator(
+    name: str, *, grid: Sequence[int], channels: int, num_classes: int, **overrides: Any
+) -> nn.Module:
+    """A freshly initialised generator (from torch's seed), on the CPU.
+
+    Args:
+        name: one of `generator_names`.
+        grid: the latent grid, (h, w) or (n,). channels: latent channels.
+        num_classes: number of labels.
+        overrides: the constructor's other arguments: width, depth, heads, patch_size, ...
+
+    Raises:
+        ConfigError: unknown name or override, or values that do not fit together.
+    """
+    family, (width, depth, heads) = _family(name)
+    fixed = {"grid", "channels", "num_classes"}
+    bound = set(family.build.keywords) if isinstance(family.build, partial) else set()
+    known = sorted(set(inspect.signature(family.build).parameters) - fixed - bound)
+    for key in overrides:
+        if key not in known:
+            raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")
+    options = {"width": width, "depth": depth, "heads": heads, **overrides}
+    if options["width"] % options["heads"]:
+        raise ConfigError(
+            f"{name}: width {options['width']} is no multiple of heads {options['heads']}; "
+            "change one of them"
+        )
+    return family.build(grid=tuple(grid), channels=channels, num_classes=num_classes, **options)
