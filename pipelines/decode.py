@@ -17,6 +17,7 @@ ways, ``draft`` (scaling inside the JPEG decoder) and ``reduce`` (one rounding w
 round twice), give other pixels and are not used.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -199,6 +200,12 @@ class DecodedBatch:
     indices: np.ndarray
     pixels: np.ndarray
     unreadable: dict[int, str]
+
+
+def default_threads() -> int:
+    """Decoding threads: one a processor core that this process may use, at most 16."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return min(16, len(allowed(0)) if allowed else os.cpu_count() or 1)
 
 
 class BatchDecoder:

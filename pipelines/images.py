@@ -87,7 +87,7 @@ class ImageSource(ABC):
                 digest.update(_bytes(class_name) + b"\n")
             for index, label in enumerate(self.labels.tolist()):
                 digest.update(_bytes(self.name(index)) + b"\0%d\n" % label)
-            self._identity = {"sha256": digest.hexdigest(), "count": len(self)}
+            self._identity = {"hash": digest.hexdigest(), "count": len(self)}
         return self._identity
 
 

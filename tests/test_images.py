@@ -90,7 +90,7 @@ def test_names_that_are_no_unicode(tmp_path):
         file.write(picture(4))
     source = open_images(tmp_path)
     assert levels(source) == [4]
-    assert len(source.identity["sha256"]) == 64
+    assert len(source.identity["hash"]) == 64
 
 
 def test_many_classes(tmp_path):
@@ -260,7 +260,7 @@ def test_identity_follows_names_labels_and_order_not_the_place(tmp_path):
     assert open_images(tree(tmp_path / "y", files)).identity == first
     more = open_images(tree(tmp_path / "y", {"b/3.png": picture(3)})).identity
     assert more["count"] == 3
-    assert more["sha256"] != first["sha256"]
+    assert more["hash"] != first["hash"]
     renamed = {"a/1.png": picture(1), "c/2.png": picture(2)}
     assert open_images(tree(tmp_path / "z", renamed)).identity != first
     for labels in ("0 1", "1 0"):
