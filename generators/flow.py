@@ -24,12 +24,14 @@ from detok_pipe.latents.errors import ConfigError, NonFiniteError
 
 Velocity = Callable[[Tensor, np.ndarray, Tensor], Tensor]
 
-# Dormand and Prince (1980), "A family of embedded Runge-Kutta formulae", with its fourth-order
-# midpoint by Shampine (1986), as scipy tabulates them. Row i holds the weights of stage i; the
-# last row is the fifth-order solution, so its stage is the next step's first.
+# Dormand and Prince (1980), "A family of embedded Runge-Kutta formulae", as scipy tabulates it,
+# with Shampine's (1986) fourth-order formulas, "Some practical Runge-Kutta formulas": his midpoint,
+# which scipy has too, and his embedded solution, whose error is -2/3 of Dormand and Prince's. Row i
+# holds the weights of stage i; the last row is the fifth-order solution, so its stage is the next
+# step's first.
 _NODES = [*RK45.C[1:], 1.0]
 _STAGES = [*(RK45.A[i, :i] for i in range(1, 6)), RK45.B]
-_ERROR = RK45.E
+_ERROR = RK45.E * (-2 / 3)
 _MIDPOINT = RK45.P @ 0.5 ** np.arange(1, 5)
 _SAFETY, _GROW, _SHRINK = 0.9, 10.0, 0.2
 

@@ -20,10 +20,13 @@ def scale_at(sampling: Sampling, progress: float) -> float:
     return sampling.guidance_scale
 
 
-def combine(cond: Tensor, null: Tensor, scale: float, guided_channels: int | None = None) -> Tensor:
+def combine(
+    cond: Tensor, null: Tensor, scale: float | Tensor, guided_channels: int | None = None
+) -> Tensor:
     """null + scale (cond - null) over the last dimension's first `guided_channels` (None: all).
 
-    The other channels are those of `cond`. Shapes (..., C).
+    The other channels are those of `cond`. Shapes (..., C); `scale` is one number, or
+    broadcasts.
     """
     if guided_channels is None or guided_channels >= cond.shape[-1]:
         return null + scale * (cond - null)

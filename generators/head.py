@@ -16,6 +16,7 @@ from detok_pipe.generators.guidance import combine
 from detok_pipe.generators.layers import (
     LAYER_NORM_EPS,
     AnyNoise,
+    FinalLayer,
     TimeEmbedding,
     init_linear_layers,
     modulate,
@@ -39,20 +40,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
-
-
-class FinalLayer(nn.Module):
-    """LayerNorm without affine, modulated, then a linear layer."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = modulation(width, 2)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        x = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-        return self.linear(modulate(x, shift, scale))
 
 
 class HeadNet(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from detok_pipe.latents.noise import Noise, ReplayNoise
 
 LAYER_NORM_EPS = 1e-6
+plain_layer_norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS, elementwise_affine=False)
 AnyNoise = Noise | ReplayNoise
 Rope = tuple[Tensor, Tensor]
 
@@ -62,6 +64,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def modulation(width: int, parts: int) -> nn.Sequential:
     """linear(SiLU(condition)) to `parts` vectors of `width`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then a linear layer. x (..., W), condition y that broadcasts to it."""
+
+    def __init__(
+        self, width: int, out: int, norm: Callable[[int], nn.Module] = plain_layer_norm
+    ) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 def init_linear_layers(module: nn.Module) -> None:

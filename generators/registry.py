@@ -12,8 +12,11 @@ from typing import Any
 from torch import nn
 
 from detok_pipe.generators.ardiff import ARDiff
+from detok_pipe.generators.dit import DiT
+from detok_pipe.generators.lightningdit import LightningDiT
 from detok_pipe.generators.mar import MAR
 from detok_pipe.generators.sampling import Sampling
+from detok_pipe.generators.sit import SiT
 from detok_pipe.latents.errors import ConfigError
 
 # (width, depth, heads); MAR has so many blocks in the encoder and in the decoder.
@@ -33,7 +36,8 @@ class Family:
 
     Attributes:
         build: the constructor. sizes: its names' (width, depth, heads).
-        sampling: the published sampling options, at the guidance scale of its best score.
+        sampling: the published sampling options, at the guidance scale of its best score
+            where one is published.
     """
 
     build: Callable[..., nn.Module]
@@ -56,6 +60,12 @@ FAMILIES: dict[str, Family] = {
         partial(ARDiff, order="raster"),
         SIZES,
         Sampling(guidance_scale=3.9, guidance_schedule="linear"),
+    ),
+    # The published sweeps of SiT run from 1.3 to 2.0; none is published for the other two.
+    "dit": Family(DiT, SIZES, Sampling(guidance_scale=1.6)),
+    "sit": Family(SiT, SIZES, Sampling(guidance_scale=1.6)),
+    "lightningdit": Family(
+        LightningDiT, SIZES, Sampling(guidance_scale=1.6, guidance_interval=(0.1, 1.0))
     ),
 }
 
