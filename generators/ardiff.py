@@ -150,13 +150,7 @@ class ARDiff(nn.Module):
         scales = [scale_at(sampling, i / self.tokens) for i in range(self.tokens)]
         # Beyond the last guided step nobody asks for the null half's keys and values.
         guided_until = max((i + 1 for i, scale in enumerate(scales) if scale != 1.0), default=0)
-        steps = sampling.steps or 100
-        guided = sampling.guided_channels
-        head = self.diffloss.sampler(
-            steps,
-            temperature=sampling.temperature,
-            guided_channels=guided and guided * self.patch_size**2,
-        )
+        head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         order = self.places(noise, condition.device)
         decoder = _CachedDecoder(self, condition, order, guided=guided_until > 0)
         new: Tensor | None = None
@@ -164,7 +158,7 @@ class ARDiff(nn.Module):
         for i, scale in enumerate(scales):
             decoded = decoder.step(i, new, halves=2 if i < guided_until else 1)
             decoded = decoded if scale != 1.0 else decoded[:batch]
-            draws = noise.normal_steps(f"head/{i}", steps + 1, (self.diffloss.channels,))
+            draws = noise.normal_steps(f"head/{i}", head.chain.steps + 1, (self.diffloss.channels,))
             new = head(decoded, draws, scale)  # (B, c)
             tokens.append(new)
         z = torch.stack(tokens, dim=1)

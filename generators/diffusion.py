@@ -171,31 +171,52 @@ class ReverseChain:
 
     The coefficients are Python floats, which enter a kernel as arguments: nothing is copied to
     the device and nothing waits for it.
+
+    Args:
+        name: "linear" or "cosine". steps: of the respaced schedule.
+        temperature: factor on each step's noise.
+        clip: bound on the magnitude of each step's predicted x_0; None (as published) for none.
     """
 
-    def __init__(self, name: ScheduleName, steps: int) -> None:
+    def __init__(
+        self,
+        name: ScheduleName,
+        steps: int,
+        *,
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> None:
         table = schedule(name, steps)
-        self.steps = steps
+        self.steps, self.temperature, self.clip = steps, temperature, clip
         self.timestep_map: list[int] = table.timestep_map.tolist()
-        a, b = table.mean_coefficients
-        self._a, self._b = a.tolist(), b.tolist()
+        kept = table.alphas_cumprod
+        before = np.append(1.0, kept[:-1])
+        self._a, self._b = (column.tolist() for column in table.mean_coefficients)
+        self._implied = np.stack((1.0 / np.sqrt(kept), np.sqrt(1.0 / kept - 1.0)), 1).tolist()
+        self._towards = (np.sqrt(before) * table.betas / (1.0 - kept)).tolist()
+        self._remains = (np.sqrt(1.0 - table.betas) * (1.0 - before) / (1.0 - kept)).tolist()
         self._low: list[float] = table.posterior_log_variance_clipped.tolist()
         self._high: list[float] = np.log(table.betas).tolist()
 
-    def step(
-        self, i: int, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor, temperature: float = 1.0
-    ) -> Tensor:
-        """x_{i-1} from x_i, all fp32 (R, ...). Step 0 adds no noise and clips nothing.
+    def _mean(self, i: int, x: Tensor, eps: Tensor) -> Tensor:
+        if self.clip is None:
+            return torch.add(self._a[i] * x, eps, alpha=-self._b[i])
+        signal, spread = self._implied[i]
+        x_0 = torch.add(signal * x, eps, alpha=-spread).clamp_(-self.clip, self.clip)
+        return torch.add(self._towards[i] * x_0, x, alpha=self._remains[i])
+
+    def step(self, i: int, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor) -> Tensor:
+        """x_{i-1} from x_i, all fp32 (R, ...). Step 0 adds no noise.
 
         Args:
             i: place in the respaced schedule, steps - 1 (first) to 0 (last).
             eps: predicted (and guided) noise. v: interpolation of the log variance.
-            noise: standard normals. temperature: their factor.
+            noise: standard normals.
         """
-        mean = torch.add(self._a[i] * x, eps, alpha=-self._b[i])
+        mean = self._mean(i, x, eps)
         if i == 0:
             return mean
         # Half of low + (v + 1) / 2 * (high - low): the log of the standard deviation.
         slope = (self._high[i] - self._low[i]) / 4.0
         std = torch.exp(v * slope + (self._low[i] / 2.0 + slope))
-        return torch.addcmul(mean, std, noise, value=temperature)
+        return torch.addcmul(mean, std, noise, value=self.temperature)

@@ -73,7 +73,12 @@ class DiT(Backbone):
     def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         """Labels (B,) int64, -1 for null -> latents (B, N, C) fp32, normalised."""
         batch, shape = len(condition), (self.places, self.channels)
-        chain = ReverseChain("linear", sampling.steps or 250)
+        chain = ReverseChain(
+            "linear",
+            sampling.steps or 250,
+            temperature=sampling.temperature,
+            clip=sampling.clip,
+        )
         both = torch.cat((condition, torch.full_like(condition, -1)))
         x = noise.normal("start", shape)
         for i in reversed(range(chain.steps)):
@@ -85,5 +90,5 @@ class DiT(Backbone):
             if rows > batch:
                 eps = combine(eps[:batch], eps[batch:], scale, sampling.guided_channels)
             draw = noise.normal(f"step/{i}", shape)
-            x = chain.step(i, x, eps, v[:batch], draw, sampling.temperature)
+            x = chain.step(i, x, eps, v[:batch], draw)
         return x

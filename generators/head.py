@@ -22,6 +22,7 @@ from detok_pipe.generators.layers import (
     modulate,
     modulation,
 )
+from detok_pipe.generators.sampling import Sampling
 
 # Rows x steps whose modulations are made at once while sampling: enough for full speed of the
 # matrix product, few enough for memory.
@@ -105,11 +106,17 @@ class DiffusionHead(nn.Module):
         )
         return (mse + vlb).mean()
 
-    def sampler(
-        self, steps: int, *, temperature: float = 1.0, guided_channels: int | None = None
-    ) -> HeadSampler:
-        """A sampler with `steps` respaced DDPM steps, to be made once for many tokens."""
-        return HeadSampler(self.net, steps, temperature, guided_channels)
+    def sampler(self, sampling: Sampling, *, places: int = 1) -> HeadSampler:
+        """A sampler to be made once for many tokens.
+
+        Uses the temperature, the clip, the steps (None: 100) and the guided channels; a token
+        covers `places` latent places.
+        """
+        chain = ReverseChain(
+            "cosine", sampling.steps or 100, temperature=sampling.temperature, clip=sampling.clip
+        )
+        guided = sampling.guided_channels
+        return HeadSampler(self.net, chain, None if guided is None else guided * places)
 
 
 class HeadSampler:
@@ -121,12 +128,9 @@ class HeadSampler:
     has static shapes and never waits for the device.
     """
 
-    def __init__(
-        self, net: HeadNet, steps: int, temperature: float, guided_channels: int | None
-    ) -> None:
+    def __init__(self, net: HeadNet, chain: ReverseChain, guided_channels: int | None) -> None:
         self.net = net
-        self.chain = ReverseChain("cosine", steps)
-        self.temperature = temperature
+        self.chain = chain
         self.guided_channels = guided_channels
         self.width = net.input_proj.out_features
         device = net.input_proj.weight.device
@@ -176,7 +180,7 @@ class HeadSampler:
             eps_cond, eps_null = eps.chunk(2)
             eps = combine(eps_cond, eps_null, scale, self.guided_channels)
             v = v[: len(x)]
-        return self.chain.step(i, x, eps, v, draw, self.temperature)
+        return self.chain.step(i, x, eps, v, draw)
 
     def _network(self, x: Tensor, parts: Tensor) -> Tensor:
         """x (R, C), shared by both halves of `parts` under guidance -> (R or 2R, 2C)."""

@@ -193,13 +193,7 @@ class MAR(nn.Module):
             # The share of tokens known after this iteration; in the last one, one counts as open.
             known += count
             scales.append(scale_at(sampling, min(known, self.tokens - 1) / self.tokens))
-        steps = sampling.steps or 100
-        guided = sampling.guided_channels
-        head = self.diffloss.sampler(
-            steps,
-            temperature=sampling.temperature,
-            guided_channels=guided and guided * self.patch_size**2,
-        )
+        head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         # Rows B..2B hold the null half; an iteration at scale 1 leaves them out. Places are kept
         # in the order in which they are revealed, an order's entries from its end.
         order = noise.uniform("order", (self.tokens,)).argsort(dim=1).flip(1)  # (B, N)
@@ -219,7 +213,7 @@ class MAR(nn.Module):
                 masked[:rows, known:],
                 order[:rows, now],
             )
-            draws = noise.normal_steps(f"head/{k}", steps + 1, (count, tokens.shape[-1]))
+            draws = noise.normal_steps(f"head/{k}", head.chain.steps + 1, (count, tokens.shape[-1]))
             new = head(decoded.flatten(0, 1), draws.flatten(1, 2), scale)
             tokens[:, now] = new.view(batch, count, -1)
             inputs = self.embed_tokens(tokens[:, now], order[:batch, now])

@@ -23,6 +23,9 @@ class Sampling:
             0 (noise, or no token) to 1 (data, or all tokens); elsewhere the scale is 1.
         guided_channels: guide only the first so many latent channels (None: all).
         temperature: factor on the noise of DDPM steps; the start noise keeps its size.
+        clip: bound on the predicted x_0 of DDPM steps, in units of the normalised latents. None,
+            the published samplers, has none; but a network trained for a short time then
+            diverges, because the first cosine steps magnify its errors some thousand times.
         steps: steps of the diffusion head, the diffusion chain or the ODE (None: the model's).
         iterations: MAR only, steps in which the tokens are revealed (None: the model's).
         method: ODE solver of SiT and LightningDiT, "euler" or "dopri5" (None: the model's).
@@ -33,6 +36,7 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guided_channels: int | None = None
     temperature: float = 1.0
+    clip: float | None = None
     steps: int | None = None
     iterations: int | None = None
     method: str | None = None
@@ -53,6 +57,8 @@ class Sampling:
             )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature: must be 0 or more, got {self.temperature}")
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(f"clip: must be more than 0, or left out, got {self.clip}")
         for name in ("guided_channels", "steps", "iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:
