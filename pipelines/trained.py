@@ -1,6 +1,7 @@
 """Trained networks, loaded from run directories with what identifies them."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,14 +107,17 @@ def load_tokenizer(
     model = build_tokenizer(config)
     _load(model, tensors, checkpoint)
     encoder = encoder_keys(tensors)
-    identity = {
+    identity: dict[str, Any] = {
         "name": "l-detok",
-        "encoder": fingerprint({key: tensors[key] for key in encoder}),
+        "weights": fingerprint({key: tensors[key] for key in encoder}),
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "channels": config.channels,
         "size": config.encoder,
     }
+    # The weights alone do not tell: heads, for one, leave no trace in their shapes.
+    described = json.dumps(identity, sort_keys=True).encode()
+    identity["fingerprint"] = hashlib.sha256(described).hexdigest()
     decoder = fingerprint({key: tensors[key] for key in tensors.keys() - encoder})
     model = model.to(device).eval().requires_grad_(False)
     return TrainedTokenizer(model, config.image_size, identity, decoder, run, checkpoint.step)
