@@ -101,8 +101,8 @@ def dopri5(
         return square.sqrt().double().cpu().numpy() * np.ones(len(value))
 
     def advanced(start: Tensor, step: np.ndarray, weights: np.ndarray, slopes: Tensor) -> Tensor:
-        weights = torch.as_tensor(weights, dtype=start.dtype, device=start.device)
-        return start + _column(step, start) * torch.tensordot(weights, slopes, 1)
+        factors = torch.as_tensor(weights, dtype=start.dtype, device=start.device)
+        return start + _column(step, start) * torch.tensordot(factors, slopes, 1)
 
     result = torch.empty_like(x)
     rows = torch.arange(len(x), device=x.device)

@@ -1,0 +1,50 @@
+"""What the golden files need: weights and noise that follow a rule instead of being recorded."""
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def golden_weights():
+    """Fill a module with the golden files' weights, put it in evaluation mode and return it.
+
+    `keep` names the start of keys that hold computed values.
+    """
+
+    def fill(model, keep=("rope.",)):
+        state = model.state_dict()
+        for key, old in state.items():
+            if key.startswith(keep):
+                continue
+            rng = np.random.default_rng(zlib.crc32(f"weight/{key}".encode()))
+            new = rng.standard_normal(tuple(old.shape)) * 0.05
+            if key.endswith("weight") and new.ndim == 1:
+                new = new + 1.0
+            state[key] = torch.from_numpy(new.astype(np.float32))
+        model.load_state_dict(state)
+        return model.eval()
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def golden_draw():
+    """The k-th Gaussian draw of a golden sampler, fp32."""
+
+    def draw(k, shape):
+        rng = np.random.default_rng(zlib.crc32(f"noise/{k}".encode()))
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    return draw
+
+
+@pytest.fixture
+def one_thread():
+    """Small networks run faster on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
