@@ -175,6 +175,11 @@ def to_float(pixels: np.ndarray | Tensor, device: torch.device | str = "cpu") ->
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> uint8, clamped and rounded to the nearest level."""
+    return images.float().mul(127.5).add_(127.5).clamp_(0, 255).round_().to(torch.uint8)
+
+
 class Images(Protocol):
     """What decoding needs of a source of images; see ``images.py``."""
 
