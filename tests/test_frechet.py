@@ -126,6 +126,24 @@ def test_singular_reference_has_finite_errors() -> None:
     assert 0 < score.standard_error < 1
 
 
+def test_prediction_removes_most_of_the_difference_in_bias() -> None:
+    """A narrow model is less biased, so few samples favour it; the prediction does not."""
+    rng = np.random.default_rng(5)
+    spectrum = np.arange(1, 65) ** -0.8  # falls like that of real features
+    reference = FrechetReference(FeatureStats(np.zeros(64), np.diag(spectrum), None))
+    noise = rng.standard_normal((400, 64)) * np.sqrt(spectrum)
+    few, many, predictions = [], [], []
+    for features in (0.78 * noise, 1.1 * noise):
+        score = reference.score(features[:100])
+        few.append(score.value)
+        many.append(reference.score(features).value)
+        predictions.append(reference.predicted(features[:100], score, 400))
+    assert few[0] < few[1]
+    assert many[0] > many[1]
+    np.testing.assert_allclose(predictions, many, rtol=0.1)
+    assert predictions[0] > predictions[1]
+
+
 def test_bad_input_is_named() -> None:
     features = np.ones((8, 4))
     features[5, 2] = np.nan
