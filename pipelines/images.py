@@ -47,7 +47,7 @@ class ImageSource(ABC):
     ) -> None:
         self.path = path
         self.labels = np.asarray(labels, dtype=np.int32)
-        self.class_names = class_names
+        self.class_names = [_printable(name) for name in class_names]
         self.max_pixels = max_pixels
         self._identity: dict[str, Any] | None = None
 
@@ -56,7 +56,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The image's name: a path relative to the source, or tar and member."""
+        """The image's name, to show and to record: relative path, or tar and member."""
 
     @abstractmethod
     def open(self, index: int) -> BinaryIO:
@@ -84,16 +84,16 @@ class ImageSource(ABC):
         if self._identity is None:
             digest = hashlib.sha256()
             for class_name in self.class_names:
-                digest.update(_bytes(class_name) + b"\n")
+                digest.update(class_name.encode() + b"\n")
             for index, label in enumerate(self.labels.tolist()):
-                digest.update(_bytes(self.name(index)) + b"\0%d\n" % label)
+                digest.update(self.name(index).encode() + b"\0%d\n" % label)
             self._identity = {"hash": digest.hexdigest(), "count": len(self)}
         return self._identity
 
 
-def _bytes(name: str) -> bytes:
-    """A name's bytes on disk, also where they are no UTF-8."""
-    return name.encode("utf-8", "surrogateescape")
+def _printable(name: str) -> str:
+    """A name as Unicode that can be shown and stored; bytes that are none become ``\\xff``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class FileImages(ImageSource):
@@ -113,7 +113,7 @@ class FileImages(ImageSource):
         self._names = names
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return _printable(self._names[index])
 
     def open(self, index: int) -> BinaryIO:
         try:
@@ -145,7 +145,7 @@ class TarImages(ImageSource):
         self._ranges = np.array([member[2:] for member in members], dtype=np.int64)  # (N, 2)
 
     def name(self, index: int) -> str:
-        return f"{self._tars[self._tar[index]].name}/{self._names[index]}"
+        return _printable(f"{self._tars[self._tar[index]].name}/{self._names[index]}")
 
     def open(self, index: int) -> BinaryIO:
         offset, size = (int(value) for value in self._ranges[index])

@@ -84,12 +84,14 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path):
 
 
 def test_names_that_are_no_unicode(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/c"
+    folder = os.fsencode(tmp_path) + b"/c\xe9"
     os.mkdir(folder)
     with open(folder + b"/\xff\xfe.png", "wb") as file:
         file.write(picture(4))
     source = open_images(tmp_path)
     assert levels(source) == [4]
+    assert source.class_names == ["c\\xe9"]
+    assert source.name(0) == "c\\xe9/\\xff\\xfe.png"
     assert len(source.identity["hash"]) == 64
 
 
