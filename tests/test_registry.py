@@ -1,0 +1,95 @@
+"""Every generator by name: keys and sizes of the published ones, options, errors."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from detok_pipe.generators.registry import (
+    build_generator,
+    default_sampling,
+    generator_names,
+)
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.noise import Noise
+
+FAMILIES = sorted({name.rpartition("-")[0] for name in generator_names()})
+# Number of parameters on 16 x 16 latents with 16 channels and 1000 classes.
+PUBLISHED = {
+    "mar-b": ({}, 192_174_624, "MAR_base diffloss_d=3 diffloss_w=1024"),
+    "mar-b 6 x 1024": ({"head_depth": 6}, 207_924_768, "MAR_base diffloss_d=6 diffloss_w=1024"),
+    "mar-l 8 x 1280": (
+        {"head_depth": 8, "head_width": 1280},
+        478_326_304,
+        "MAR_large diffloss_d=8 diffloss_w=1280",
+    ),
+    "random-ar-b": ({}, 150_133_536, "ARDiff_base diffloss_d=3 diffloss_w=1024"),
+    "raster-ar-b": ({}, 150_133_536, "ARDiff_base diffloss_d=3 diffloss_w=1024"),
+}
+
+
+def build(name, **overrides):
+    with torch.device("meta"):
+        return build_generator(name, grid=(16, 16), channels=16, num_classes=1000, **overrides)
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_parameter_counts(published):
+    overrides, count, _ = PUBLISHED[published]
+    model = build(published.split()[0], **overrides)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_state_dicts(published):
+    """Keys and shapes of the released checkpoints, where the list of them is at hand."""
+    folder = Path(__file__).parents[1] / ".." / "shared" / "reference"
+    file = Path(os.environ.get("DETOK_REFERENCE", folder)) / "state_dicts.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not here")
+    overrides, _, key = PUBLISHED[published]
+    state = build(published.split()[0], **overrides).state_dict()
+    expected = json.loads(file.read_text())[key]["state_dict"]
+    assert {key: list(value.shape) for key, value in state.items()} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contract(family):
+    """Loss and samples of each kind, with a null label among the conditions."""
+    torch.manual_seed(0)
+    model = build_generator(
+        f"{family}-b", grid=(4, 4), channels=4, num_classes=10, width=32, depth=1, heads=2
+    )
+    assert (model.tokens, model.channels, model.num_classes) == (16, 4, 10)
+    z, condition, noise = torch.randn(2, 16, 4), torch.tensor([3, -1]), Noise(0, [0, 1])
+    loss = model(z, condition, noise)
+    assert loss.shape == ()
+    loss.backward()
+    # One process must not wait for another's gradient: every parameter takes part in every loss.
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    sampling = default_sampling(f"{family}-b")
+    quick = type(sampling)(**{**sampling.__dict__, "steps": 3, "clip": 3.0})
+    out = model.eval().sample(condition, quick, noise)
+    assert out.shape == z.shape
+    assert out.dtype == torch.float32
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", generator_names())
+def test_every_name_builds(name):
+    assert sum(p.numel() for p in build(name).parameters()) > 2e7
+
+
+def test_errors():
+    with pytest.raises(ConfigError, match="did you mean mar-b"):
+        build("marb")
+    with pytest.raises(ConfigError, match="has no option 'layers'"):
+        build("mar-b", layers=3)
+    with pytest.raises(ConfigError, match="no option 'order'"):
+        build("random-ar-b", order="raster")
+    with pytest.raises(ConfigError, match="no multiple of heads"):
+        build("mar-b", width=100)
+    with pytest.raises(ConfigError, match="does not divide"):
+        build_generator("mar-b", grid=(5, 4), channels=4, num_classes=2, patch_size=2)
