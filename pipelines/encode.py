@@ -232,6 +232,19 @@ def _encode_shards(
     return images, quarantined
 
 
+@torch.inference_mode()
+def moments_on_device(model: Any, images: Tensor, plan: CachePlan) -> dict[str, Tensor]:
+    """images (B, 3, S, S) -> by view of ``plan``, posterior mean and std (2, B, N, C), fp32."""
+    results = {}
+    for view in plan.views:
+        seen = images.flip(-1) if view == "mirror" else images
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.dtype == "bf16"):
+            moments = model.encode_moments(seen)
+        posterior = Posterior(moments.float())
+        results[view] = torch.stack([posterior.mean, posterior.std])
+    return results
+
+
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 """View -> posterior mean and standard deviation, each (B, N, C) fp32."""
 
@@ -241,42 +254,29 @@ class _Network:
 
     def __init__(self, model: Any, plan: CachePlan, device: torch.device) -> None:
         self._model = model
-        self._views = plan.views
+        self._plan = plan
         self._device = device
-        self._bf16 = plan.dtype == "bf16"
 
-    @torch.inference_mode()
     def moments(self, batches: Iterable[DecodedBatch]) -> Iterator[tuple[DecodedBatch, Moments]]:
         """Moments of each batch; the device computes one batch while another is fetched."""
         waiting: tuple[DecodedBatch, dict[str, Tensor]] | None = None
         for batch in batches:
-            launched = batch, self._launch(batch.pixels, bf16=self._bf16)
+            images = to_float(batch.pixels, self._device)
+            launched = batch, moments_on_device(self._model, images, self._plan)
             if waiting:
                 yield self._fetched(*waiting)
             waiting = launched
         if waiting:
             yield self._fetched(*waiting)
 
-    def _launch(self, pixels: np.ndarray, *, bf16: bool) -> dict[str, Tensor]:
-        """View -> mean and std on the device, (2, B, N, C) fp32."""
-        images = to_float(pixels, self._device)
-        results = {}
-        for view in self._views:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-                moments = self._model.encode_moments(
-                    images.flip(-1) if view == "mirror" else images
-                )
-            posterior = Posterior(moments.float())
-            results[view] = torch.stack([posterior.mean, posterior.std])
-        return results
-
     def _fetched(
         self, batch: DecodedBatch, results: dict[str, Tensor]
     ) -> tuple[DecodedBatch, Moments]:
         """The results on the host; what is not finite is tried once more in fp32."""
         arrays = {view: values.cpu().numpy() for view, values in results.items()}
-        for place in self._bad(arrays) if self._bf16 else ():
-            again = self._launch(batch.pixels[place : place + 1], bf16=False)
+        for place in self._bad(arrays) if self._plan.dtype == "bf16" else ():
+            image = to_float(batch.pixels[place : place + 1], self._device)
+            again = moments_on_device(self._model, image, replace(self._plan, dtype="fp32"))
             for view, values in again.items():
                 arrays[view][:, place] = values[:, 0].cpu().numpy()
         unreadable = dict(batch.unreadable)
