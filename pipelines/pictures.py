@@ -80,14 +80,14 @@ def class_rows(
         row = by_class.setdefault(int(label), [])
         if len(row) < per_class:
             row.append((image,))
-    known = sorted(label for label in by_class if label >= 0)
-    rows = [
-        ImageRow(
-            class_names[label] if label < len(class_names) else f"class {label}", by_class[label]
-        )
-        for label in known
-    ]
-    return rows + [ImageRow("no class", by_class[label]) for label in by_class if label < 0]
+    rows = []
+    for label in sorted(by_class, key=lambda label: (label < 0, label)):
+        if label < 0:
+            name = "no class"
+        else:
+            name = class_names[label] if label < len(class_names) else f"class {label}"
+        rows.append(ImageRow(name, by_class[label]))
+    return rows
 
 
 def scale_rows(images: Sequence[tuple[float, Sequence[Image.Image]]]) -> list[ImageRow]:

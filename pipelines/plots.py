@@ -52,8 +52,9 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name with an arrow towards better."""
-        return f"{self.name} {'↓' if self.better == 'lower' else '↑'}"
+        """The name with an arrow towards better; it breaks into lines at its spaces only."""
+        name = self.name.replace("-", "\N{NON-BREAKING HYPHEN}")
+        return f"{name}\N{NO-BREAK SPACE}{'↓' if self.better == 'lower' else '↑'}"
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ def loss_curve(
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        # The first noisy values must not flatten the rest; the smoothed curve sets the range.
+        # A few outliers must not flatten the rest: one value in a hundred may fall outside.
+        low = min(low, *(float(np.quantile(values, 0.01)) for _, _, values, _ in lines))
+        high = max(high, *(float(np.quantile(values, 0.99)) for _, _, values, _ in lines))
         pad = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
-        axes.set_ylim(low - pad, high + 2 * pad)
+        axes.set_ylim(low - pad, high + pad)
     axes.xaxis.set_major_locator(MaxNLocator(4 if narrow else 7, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel(xlabel)
