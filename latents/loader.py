@@ -1,0 +1,326 @@
+"""Batches for training from a latent cache.
+
+The order is a pure function of (seed, position): see :mod:`.order`. Which view a sample shows and
+its draw from the posterior are functions of (seed, position) too, so the same samples come
+whatever the number of processes, and after a restart. One thread reads ahead; there are no worker
+processes, which would cost more than the reads. Do not hand the loader to Accelerate's ``prepare``
+(it would shard again what is sharded already); keep ``state()`` in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detok_pipe.latents.cache import LatentCache
+from detok_pipe.latents.errors import ConfigError, MismatchError
+from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.order import (
+    BLOCK_ROWS,
+    LANES,
+    ORDER_VERSION,
+    WINDOW_BLOCKS,
+    BlockOrder,
+    SampleOrder,
+)
+
+Mode = Literal["auto", "resident", "block"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch.
+
+    Attributes:
+        z: (b, N, C) fp32, normalised, on the loader's device.
+        condition: (b,) int64 labels, -1 where unlabelled, on the device.
+        ids: (b,) int64 positions in the stream, on the device.
+        rows: (b,) int64 row numbers in the cache, on the device.
+    """
+
+    z: Tensor
+    condition: Tensor
+    ids: Tensor
+    rows: Tensor
+
+
+class LatentLoader:
+    """An endless stream of batches.
+
+    Args:
+        cache: an open cache.
+        global_batch: samples a step over all processes, a multiple of ``world``.
+        seed: of the order, the views and the posterior draws.
+        rank, world: this process and their number.
+        position: samples of the stream that are consumed already.
+        device: where batches are made.
+        views: which stored views to draw from; all by default.
+        sample_posterior: draw from the posterior; otherwise take its mean.
+        subset: row numbers to train on (for some classes, a limit, held-out rows); all by default.
+        prefetch: batches read ahead.
+        mode: "resident" reads all files once, then shuffles all rows: right when they fit into
+            memory; "block" keeps reads local. "auto" takes the first when the bytes in use fit
+            half of it.
+
+    Raises:
+        ConfigError: numbers that do not fit together, an empty subset, a view or field that the
+            cache does not have.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        global_batch: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        position: int = 0,
+        device: torch.device | str = "cpu",
+        views: Sequence[str] | None = None,
+        sample_posterior: bool = True,
+        subset: np.ndarray | None = None,
+        prefetch: int = 2,
+        mode: Mode = "auto",
+    ) -> None:
+        if global_batch < 1 or world < 1 or global_batch % world:
+            raise ConfigError(
+                f"the global batch ({global_batch}) must be a multiple of the number of processes "
+                f"({world})"
+            )
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} of {world} processes: it must be 0 ... {world - 1}")
+        self.cache = cache
+        self.global_batch = global_batch
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.device = torch.device(device)
+        self.views = tuple(cache.views if views is None else views)
+        self.sample_posterior = sample_posterior
+        self.prefetch = max(1, prefetch)
+        self._subset = _checked_subset(cache, subset)
+        self._position = position
+        self._mode = mode
+        self._fields = ("mean", "std") if sample_posterior else ("mean",)
+        if sample_posterior and not cache.has_posterior:
+            raise ConfigError(
+                f"the cache {cache.path} stores no posterior std: train with sample_posterior off"
+            )
+        for view in self.views:
+            cache.check_array(view, "mean")
+        if not self.views:
+            raise ConfigError("no view to train on")
+        if mode == "auto":
+            fits = cache.bytes_used(self.views, self._fields) <= memory_bytes() // 2
+            mode = "resident" if fits else "block"
+        self._set_order(mode)
+
+    def _set_order(self, mode: str) -> None:
+        self._asked: tuple[int, int] | None = None
+        rows = self.epoch_length
+        self._order = (
+            BlockOrder(rows, self.seed) if mode == "block" else SampleOrder(rows, self.seed)
+        )
+        if mode == "block" and LANES % self.world:
+            raise ConfigError(
+                f"block mode needs a number of processes that divides {LANES}, not {self.world}"
+            )
+
+    @property
+    def mode(self) -> str:
+        """ "resident" or "block"."""
+        return "block" if isinstance(self._order, BlockOrder) else "resident"
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples in an epoch: rows of the cache, or of the subset."""
+        return self.cache.num_rows if self._subset is None else len(self._subset)
+
+    @property
+    def samples_consumed(self) -> int:
+        """Samples of the stream in the batches handed out so far, over all processes."""
+        return self._position
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is: JSON values, the same on every process."""
+        subset = None if self._subset is None else zlib.crc32(self._subset.tobytes())
+        return {
+            "order_version": ORDER_VERSION,
+            "mode": self.mode,
+            "seed": self.seed,
+            "cache": self.cache.fingerprint,
+            "subset": subset,
+            "views": list(self.views),
+            "position": self._position,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken; begin a new iteration afterwards. The number of
+        processes may differ.
+
+        Raises:
+            MismatchError: the state is of another cache, seed, subset or order; names the field.
+        """
+        mine = self.state()
+        if self._mode == "auto" and state.get("mode") in ("resident", "block"):
+            # What "auto" chose must not change with the memory of the machine.
+            mine["mode"] = state["mode"]
+        for name, value in mine.items():
+            if name != "position" and state.get(name) != value:
+                raise MismatchError(
+                    f"the data order cannot go on: its {name} was {state.get(name)!r} in the "
+                    f"checkpoint and is {value!r} now"
+                )
+        self._set_order(mine["mode"])
+        self._position = int(state["position"])
+
+    def positions(self, position: int) -> np.ndarray:
+        """This process's stream positions (b,) int64 of the global batch at ``position``."""
+        local = np.arange(self.global_batch // self.world, dtype=np.int64)
+        if self.mode == "block":
+            # Every world-th position: a process then touches 64 / world lanes only.
+            return position + self.rank + self.world * local
+        return position + self.rank * len(local) + local
+
+    def _read_ahead(self, positions: np.ndarray) -> None:
+        """Block mode: has the system fetch a window's blocks while the one before is in use.
+
+        Each time the stream moves on by a block a lane, one block of each of this process's lanes
+        is asked for, a window ahead; at the beginning, the window in use comes first.
+        """
+        order = self._order
+        assert isinstance(order, BlockOrder)
+        epoch, offset = divmod(int(positions[0]), order.n)
+        step = epoch, offset // (LANES * BLOCK_ROWS)
+        if step == self._asked:
+            return
+        blocks = range(WINDOW_BLOCKS) if self._asked is None else ()
+        self._asked = step
+        window, block = divmod(step[1], WINDOW_BLOCKS)
+        for part in blocks:
+            self._ask(order, epoch, window, part)
+        last = (order.n // LANES) // (WINDOW_BLOCKS * BLOCK_ROWS)
+        epoch, window = (epoch, window + 1) if window < last else (epoch + 1, 0)
+        self._ask(order, epoch, window, block)
+
+    def _ask(self, order: BlockOrder, epoch: int, window: int, block: int) -> None:
+        lanes = np.arange(LANES // self.world) * self.world + self.rank - epoch * order.n
+        for lane in (lanes % LANES).tolist():
+            rows = np.sort(order.window(epoch, lane, window))
+            rows = rows[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
+            if self._subset is not None:
+                rows = self._subset[rows]
+            for view in self.views:
+                for field in self._fields:
+                    if len(rows):
+                        self.cache.reader.will_need(f"{view}/{field}", rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        slots = [_Slot(self) for _ in range(self.prefetch + 1)]
+        ahead = self._position
+        waiting: deque[Future[_Slot]] = deque()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
+        try:
+            if self.mode == "resident":
+                pool.submit(self.cache.reader.warm, self.rank)
+            while True:
+                while len(waiting) < self.prefetch:
+                    waiting.append(pool.submit(slots.pop(0).fill, ahead))
+                    ahead += self.global_batch
+                slot = waiting.popleft().result()
+                batch = slot.batch()
+                slots.append(slot)
+                self._position += self.global_batch
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Slot:
+    """Buffers of one batch, pinned for a CUDA device, used again and again."""
+
+    def __init__(self, loader: LatentLoader) -> None:
+        self._loader = loader
+        cache = loader.cache
+        size = loader.global_batch // loader.world
+        pinned = loader.device.type == "cuda"
+        self._buffers = {
+            field: torch.empty(
+                (size, cache.tokens, cache.channels), dtype=torch.float16, pin_memory=pinned
+            )
+            for field in loader._fields
+        }
+        self._numbers = torch.empty((3, size), dtype=torch.int64, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None  # when the device has its copy
+
+    def fill(self, position: int) -> _Slot:
+        """Reads the batch at a position into the buffers; runs on the reading thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loader = self._loader
+        positions = loader.positions(position)
+        rows = loader._order.at(positions)
+        if loader._subset is not None:
+            rows = loader._subset[rows]
+        choice = None
+        if len(loader.views) > 1:
+            draws = Noise(loader.seed, torch.from_numpy(positions)).uniform("view", ())
+            choice = (draws.numpy() * len(loader.views)).astype(np.int64)
+        if loader.mode == "block":
+            loader._read_ahead(positions)
+        reader = loader.cache.reader
+        for field, buffer in self._buffers.items():
+            reader.read_into([f"{v}/{field}" for v in loader.views], rows, buffer, choice)
+        labels = loader.cache.labels[rows]
+        for number, values in enumerate((labels, positions, rows)):
+            self._numbers[number] = torch.from_numpy(values)
+        return self
+
+    def batch(self) -> Batch:
+        """The batch on the device; the buffers may be filled again afterwards."""
+        device = self._loader.device
+        arrays = {k: v.to(device, non_blocking=True) for k, v in self._buffers.items()}
+        condition, ids, rows = self._numbers.to(device, non_blocking=True, copy=True).unbind(0)
+        if device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        z = arrays["mean"].to(torch.float32)  # (b, N, C), a copy
+        if "std" in arrays:
+            eps = Noise(self._loader.seed, ids, device=device).normal("posterior", z.shape[1:])
+            z.addcmul_(arrays["std"].to(torch.float32), eps)
+        return Batch(z, condition, ids, rows)
+
+
+def _checked_subset(cache: LatentCache, subset: np.ndarray | None) -> np.ndarray | None:
+    if subset is None:
+        return None
+    rows = np.asarray(subset)
+    if rows.dtype.kind not in "iu" or rows.ndim != 1 or not len(rows):
+        raise ConfigError("a subset must be a list of at least one row number")
+    rows = rows.astype(np.int64)
+    if rows.min() < 0 or rows.max() >= cache.num_rows or len(np.unique(rows)) != len(rows):
+        raise ConfigError(
+            f"a subset must name different rows in [0, {cache.num_rows}), got {rows.min()} ... "
+            f"{rows.max()}"
+        )
+    return rows
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or the control group's limit where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control groups, or "max": no limit
+        return total

@@ -1,0 +1,109 @@
+"""From raw shards (fp32, unnormalised, with holes) to the dense, normalised rows of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from detok_pipe.latents.atomic import crc32c_file
+from detok_pipe.latents.errors import CacheError, NonFiniteError
+from detok_pipe.latents.publish import COMMITS, RAW
+from detok_pipe.latents.stats import LatentStats
+
+
+def dense_rows(rows_per_shard: int, valid: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each final row comes from, when the last rows fill the holes.
+
+    Args:
+        rows_per_shard: planned rows a shard.
+        valid: by shard, which of its planned rows were encoded, (R,) bool.
+
+    Returns:
+        (raw shard, row among that shard's encoded rows), each (count,) int64.
+    """
+    flags = np.concatenate(valid)
+    within = np.concatenate([np.cumsum(v) - 1 for v in valid])
+    count = int(flags.sum())
+    places = np.arange(count)
+    holes = np.flatnonzero(~flags[:count])
+    donors = np.flatnonzero(flags[count:])[::-1] + count
+    places[holes] = donors
+    return places // rows_per_shard, within[places]
+
+
+class RawRows:
+    """Final rows, normalised and cast, from raw shards. See :data:`.publish.RowSource`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        commits: Sequence[Mapping[str, Any]],
+        shard_of: np.ndarray,
+        row_of: np.ndarray,
+        source_ids: np.ndarray,
+        stats: LatentStats,
+        row_shape: tuple[int, int],
+    ) -> None:
+        self.folder = folder
+        self.commits = commits
+        self.shard_of = shard_of
+        self.row_of = row_of
+        self.source_ids = source_ids
+        self.stats = stats
+        self.row_shape = row_shape
+        self._checked: set[int] = set()
+
+    def __call__(self, view: str, field: str, first: int, stop: int) -> np.ndarray:
+        shards, rows = self.shard_of[first:stop], self.row_of[first:stop]
+        out = np.empty((stop - first, *self.row_shape), np.float16)
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            with self._open(int(shard)) as file:
+                part = file.get_slice(f"{view}.{field}")
+                if (
+                    len(here) == rows[here[-1]] - rows[here[0]] + 1
+                    and (np.diff(rows[here]) == 1).all()
+                ):
+                    values = part[int(rows[here[0]]) : int(rows[here[-1]]) + 1]
+                else:
+                    values = np.concatenate([part[r : r + 1] for r in rows[here].tolist()])
+            out[here] = self._cast(values, field, view, first + here)
+        return out
+
+    def _open(self, shard: int) -> Any:
+        commit = self.commits[shard]
+        path = self.folder / RAW / commit["raw"]
+        if shard not in self._checked:
+            if not path.is_file() or crc32c_file(path) != commit["crc32c"]:
+                record = self.folder / COMMITS / f"{shard:05d}.json"
+                raise CacheError(
+                    f"{path} is missing or damaged; remove {record} and run the same encode "
+                    "command again"
+                )
+            self._checked.add(shard)
+        return safe_open(path, framework="numpy")
+
+    def _cast(self, values: np.ndarray, field: str, view: str, rows: np.ndarray) -> np.ndarray:
+        if field == "mean":
+            values = self.stats.normalize(values)
+        else:
+            values = values / self.stats.std.astype(np.float32)
+        with np.errstate(over="ignore"):
+            cast = values.astype(np.float16)
+        finite = np.isfinite(cast).all((1, 2))
+        if not finite.all():
+            bad = int(self.source_ids[rows[int(np.argmin(finite))]])
+            raise NonFiniteError(
+                f"the normalised {field} of image {bad} ({view}) is too large for fp16: the "
+                f"statistics (std from {self.stats.std.min():g}) do not fit this encoder"
+            )
+        return cast
+
+    def release(self, shard: int, rows_per_shard: int) -> None:
+        """Removes a raw shard that no later final shard takes rows from: it halves the peak."""
+        if shard not in self.shard_of[(shard + 1) * rows_per_shard :]:
+            (self.folder / RAW / self.commits[shard]["raw"]).unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""Rows of a cache, straight from its files' pages: one reader for both formats.
+
+All files of a cache are mapped into one range of addresses (each to its own page-aligned place in
+it). A row is then a number of units from the range's beginning, and a batch is a single
+``torch.index_select`` over a strided view, whatever the number of files, which runs without
+Python's global lock and at the speed of a plain memory map. Needs a POSIX system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detok_pipe.latents.errors import CacheError
+from detok_pipe.latents.manifest import Extent, Manifest
+
+_PAGE = mmap.PAGESIZE
+_MAP_FIXED = 0x10  # the same on Linux and macOS; the mmap module does not have it
+_PROT_NONE = 0
+_FAILED = ctypes.c_void_p(-1).value
+_WARM_BYTES = 1 << 22
+_MADV_WILLNEED = 3  # the same on Linux and macOS
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    word = ctypes.c_size_t
+    libc.mmap.argtypes = [ctypes.c_void_p, word, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    libc.mmap.argtypes.append(ctypes.c_int64)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = [ctypes.c_void_p, word]
+    libc.madvise.argtypes = [ctypes.c_void_p, word, ctypes.c_int]
+    return libc
+
+
+class _Mapping:
+    """Files, read-only, at page-aligned places of one range of addresses."""
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
+        self._libc = _libc()
+        places = [-(-size // _PAGE) * _PAGE for size in sizes]
+        self.starts = np.concatenate([[0], np.cumsum(places)]).astype(np.int64)
+        self.length = max(int(self.starts[-1]), _PAGE)
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.base = self._map(None, self.length, _PROT_NONE, anonymous, -1, "addresses")
+        # Not at the interpreter's exit, when a thread may still be reading.
+        weakref.finalize(self, self._libc.munmap, self.base, self.length).atexit = False
+        for path, size, start in zip(paths, sizes, self.starts, strict=False):
+            if size:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    flags = mmap.MAP_SHARED | _MAP_FIXED
+                    place = self.base + int(start)
+                    self._map(place, size, mmap.PROT_READ, flags, descriptor, str(path))
+                finally:
+                    os.close(descriptor)
+
+    def _map(
+        self, address: int | None, size: int, protection: int, flags: int, file: int, what: str
+    ) -> int:
+        found = self._libc.mmap(address, size, protection, flags, file, 0)
+        if found is None or found == _FAILED:
+            raise CacheError(f"cannot map {what}: {os.strerror(ctypes.get_errno())}")
+        return int(found)
+
+    def tensor(self) -> Tensor:
+        """The whole range, uint8. Valid while this object lives."""
+        buffer = (ctypes.c_uint8 * self.length).from_address(self.base)
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Asks the system to read a range from the disk, without waiting for it."""
+        first = start // _PAGE * _PAGE
+        self._libc.madvise(self.base + first, stop - first, _MADV_WILLNEED)
+
+
+class _Array:
+    """Where the rows of one array lie, in units from the beginning of the range."""
+
+    def __init__(self, extents: Sequence[Extent], offsets: Sequence[int]) -> None:
+        self.first_rows = np.array([e.first_row for e in extents], np.int64)
+        self.offsets = np.array(offsets, np.int64)
+        self.strides = np.array([e.stride for e in extents], np.int64)
+        self.per_record = np.array([e.rows_per_record for e in extents], np.int64)
+
+    def bytes_at(self, rows: np.ndarray, row_bytes: int) -> np.ndarray:
+        """Byte offsets of rows in the range."""
+        extent = np.searchsorted(self.first_rows, rows, side="right") - 1
+        record, within = np.divmod(rows - self.first_rows[extent], self.per_record[extent])
+        return self.offsets[extent] + record * self.strides[extent] + within * row_bytes
+
+
+class RowReader:
+    """Reads rows of the arrays "view/field" of a cache whose files were checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.count = manifest.count
+        self.row_shape = manifest.row_shape
+        self._row_bytes = manifest.row_bytes
+        used = {extent.file for extents in manifest.arrays.values() for extent in extents}
+        files = [record for record in manifest.files if record.path in used]
+        self._files = [folder / record.path for record in files]
+        self._mapping = _Mapping(self._files, [record.bytes for record in files])
+        starts = {r.path: int(s) for r, s in zip(files, self._mapping.starts, strict=False)}
+        self._arrays = {
+            name: _Array(extents, [starts[e.file] + e.offset for e in extents])
+            for name, extents in manifest.arrays.items()
+        }
+        units = {_PAGE, self._row_bytes}
+        for array in self._arrays.values():
+            units.update(array.offsets.tolist(), array.strides.tolist())
+        self._unit = math.gcd(*units)
+        if self._unit % 2:
+            raise CacheError(f"{folder}: rows at odd byte offsets are not supported")
+        steps = (self._mapping.length - self._row_bytes) // self._unit + 1
+        self._rows = torch.as_strided(
+            self._mapping.tensor().view(torch.float16),
+            (steps, self._row_bytes // 2),
+            (self._unit // 2, 1),
+        )
+
+    def read_into(
+        self, arrays: Sequence[str], rows: np.ndarray, out: Tensor, choice: np.ndarray | None = None
+    ) -> Tensor:
+        """Copies rows into ``out``.
+
+        Args:
+            arrays: names, "view/field".
+            rows: (B,) integers, in any order.
+            out: (B, N, C) float16 on the CPU, contiguous.
+            choice: (B,) which of ``arrays`` to take each row from; the first where it is None.
+
+        Raises:
+            IndexError: a row is not in [0, count).
+        """
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.count):
+            raise IndexError(f"row {rows.min()} or {rows.max()} is not in [0, {self.count})")
+        places = self._arrays[arrays[0]].bytes_at(rows, self._row_bytes)
+        for number, name in enumerate(arrays[1:] if choice is not None else (), start=1):
+            here = choice == number
+            places[here] = self._arrays[name].bytes_at(rows[here], self._row_bytes)
+        units = torch.from_numpy(places // self._unit)
+        flat = out.view(len(rows), self._row_bytes // 2)
+        torch.index_select(self._rows, 0, units, out=flat)
+        return out
+
+    def will_need(self, array: str, rows: np.ndarray) -> None:
+        """Begins to read blocks of consecutive rows from the disk, without waiting for them.
+
+        Args:
+            array: "view/field".
+            rows: (B,) int64, any order; rows between consecutive ones less than 256 apart come too.
+        """
+        rows = np.sort(rows)
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) > 256) + 1):
+            ends = self._arrays[array].bytes_at(run[[0, -1]], self._row_bytes)
+            # A run over a file's end, where places may be apart, is two.
+            self._mapping.will_need(int(ends[0]), int(ends[1]) + self._row_bytes)
+
+    def warm(self, first_file: int = 0) -> None:
+        """Reads all files once in sequence, so that random reads find them in memory.
+
+        Args:
+            first_file: where to begin: processes of one machine begin at different ones and meet
+                each other's pages.
+        """
+        buffer = bytearray(_WARM_BYTES)
+        number = len(self._files)
+        for i in range(number):
+            with open(self._files[(first_file + i) % number], "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
