@@ -16,13 +16,8 @@ from detok_pipe.latents.noise import Noise, ReplayNoise
 from detok_pipe.latents.posterior import Posterior
 from detok_pipe.tokenizer.corruption import gather_tokens
 from detok_pipe.tokenizer.layers import rope_table, rotate
-from detok_pipe.tokenizer.model import (
-    SIZES,
-    LDeTok,
-    Size,
-    encoder_keys,
-    parameter_groups,
-)
+from detok_pipe.tokenizer.model import LDeTok, encoder_keys, parameter_groups
+from detok_pipe.tokenizer.sizes import SIZES, Size
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(os.environ.get("DETOK_REFERENCE", ROOT.parent / "shared" / "reference"))

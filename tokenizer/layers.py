@@ -1,4 +1,4 @@
-"""Transformer layers of the tokenizer: rotary positions, attention, SwiGLU, block.
+"""Layers of the tokenizer: rotary positions, attention, SwiGLU, block, tokens to pixels.
 
 Parameter names are those of the released l-DeTok checkpoints. Normalisation is
 ``torch.nn.RMSNorm``, attention ``scaled_dot_product_attention``.
@@ -119,3 +119,32 @@ class Block(nn.Module):
         """x (B, N, width), rope as for `rotate` -> (B, N, width)."""
         x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x))
+
+
+class ToMap(nn.Module):
+    """Tokens (B, N, D) to a map (B, D, rows, columns)."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D, rows, columns)."""
+        return x.transpose(1, 2).unflatten(2, self.grid)
+
+
+class PixelShuffle(nn.Module):
+    """A map whose channels are (row in patch, column in patch, colour), to pixels.
+
+    ``torch.nn.PixelShuffle`` expects the colour first.
+    """
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, p * p * 3, rows, columns) -> (B, 3, rows * p, columns * p)."""
+        p = self.patch_size
+        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 1, 5, 2)  # (B, 3, rows, p, columns, p)
+        return x.flatten(4).flatten(2, 3)

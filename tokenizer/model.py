@@ -5,7 +5,7 @@ names and numbers agree with the released checkpoints.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,50 +20,8 @@ from detok_pipe.tokenizer.corruption import (
     gather_tokens,
     visible_tokens,
 )
-from detok_pipe.tokenizer.layers import NORM_EPS, Block, rope_table
-
-
-class Size(NamedTuple):
-    """Extent of one transformer."""
-
-    width: int
-    depth: int
-    heads: int
-
-    @classmethod
-    def parse(cls, size: "str | Iterable[int]") -> Self:
-        """A named size, "width,depth,heads", or three integers.
-
-        Raises:
-            ConfigError: unknown name, no three positive integers, or a width that does not
-                split into heads of a multiple of 4 channels.
-        """
-        if isinstance(size, str) and size in SIZES:
-            return cls(*SIZES[size])
-        try:
-            numbers = [int(part) for part in (size.split(",") if isinstance(size, str) else size)]
-        except ValueError:
-            numbers = []
-        if len(numbers) != 3 or min(numbers) < 1:
-            raise ConfigError(
-                f"transformer size {size!r} is unknown: choose one of {', '.join(SIZES)}, "
-                "or give 'width,depth,heads'"
-            )
-        width, depth, heads = numbers
-        if width % (4 * heads):
-            raise ConfigError(
-                f"transformer width {width} does not split into {heads} heads of a multiple of "
-                f"4 channels: choose a multiple of {4 * heads}"
-            )
-        return cls(width, depth, heads)
-
-
-SIZES = {
-    "small": Size(512, 8, 8),
-    "base": Size(768, 12, 12),
-    "large": Size(1024, 24, 16),
-    "xl": Size(1152, 28, 16),
-}
+from detok_pipe.tokenizer.layers import NORM_EPS, Block, PixelShuffle, ToMap, rope_table
+from detok_pipe.tokenizer.sizes import Size
 
 
 class TokenizerOutput(NamedTuple):
@@ -112,35 +70,6 @@ class Encoder(nn.Module):
         for block in self.transformer:
             x = block(x, rope)
         return self.latent_head(self.ln_post(x))
-
-
-class ToMap(nn.Module):
-    """Tokens (B, N, D) to a map (B, D, rows, columns)."""
-
-    def __init__(self, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid = grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D, rows, columns)."""
-        return x.transpose(1, 2).unflatten(2, self.grid)
-
-
-class PixelShuffle(nn.Module):
-    """A map whose channels are (row in patch, column in patch, colour), to pixels.
-
-    ``torch.nn.PixelShuffle`` expects the colour first.
-    """
-
-    def __init__(self, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, p * p * 3, rows, columns) -> (B, 3, rows * p, columns * p)."""
-        p = self.patch_size
-        x = x.unflatten(1, (p, p, 3)).permute(0, 3, 4, 1, 5, 2)  # (B, 3, rows, p, columns, p)
-        return x.flatten(4).flatten(2, 3)
 
 
 class Decoder(nn.Module):
@@ -298,7 +227,8 @@ class LDeTok(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def encoder_keys(state_dict: Iterable[str]) -> set[str]:

@@ -6,7 +6,7 @@ their parameters are part of the module, so ``.to(device)`` moves them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,7 @@ class FeatureDistance(PerceptualTerm):
                 f"the perceptual network {type(network).__name__} is no timm network that gives "
                 "intermediate features"
             )
-        self.network = network.requires_grad_(False)
+        self.network: Any = network.requires_grad_(False)
         self.stages = list(stages)
         self.eval()
 

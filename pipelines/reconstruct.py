@@ -1,0 +1,357 @@
+"""How well a tokenizer rebuilds images: scores, pictures, and a study of corrupted latents."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor, nn
+
+from detok_pipe.evaluation.features import FeatureExtractor
+from detok_pipe.evaluation.frechet import FeatureMoments, FrechetReference
+from detok_pipe.evaluation.inception_score import inception_score
+from detok_pipe.evaluation.reconstruction import ReconstructionMetrics, psnr
+from detok_pipe.latents.errors import InputError, NonFiniteError
+from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.posterior import Posterior
+from detok_pipe.pipelines.decode import (
+    BatchDecoder,
+    DecodedBatch,
+    default_threads,
+    to_float,
+    to_uint8,
+)
+from detok_pipe.pipelines.images import ImageSource
+from detok_pipe.pipelines.pictures import ImageRow, labelled_grid, reconstruction_rows, to_images
+from detok_pipe.pipelines.progress import progress
+from detok_pipe.tokenizer.model import LDeTok
+
+BASELINE_IMAGES = 1024
+"""The mean image, whose PSNR is the baseline, is that of at most so many images."""
+
+_INCEPTION_SPLITS = 10
+
+
+class Autoencoder(Protocol):
+    """What scoring needs of a tokenizer; all published ones have it."""
+
+    channels: int
+
+    def encode_moments(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+
+@torch.inference_mode()
+def rebuild(model: Autoencoder, images: Tensor, *, bf16: bool = False) -> Tensor:
+    """images (B, 3, H, W) in [-1, 1] -> uint8 (B, 3, H, W), decoded from the posterior's mean.
+
+    Raises:
+        NonFiniteError: the decoder's output is not finite.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        moments = model.encode_moments(images)
+        rebuilt = model.decode(moments[..., : model.channels].float())
+    # As uint8, what is not a number would be a black pixel.
+    if not torch.isfinite(rebuilt).all():
+        raise NonFiniteError("the tokenizer rebuilds images with pixels that are NaN or infinite")
+    return to_uint8(rebuilt)
+
+
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """``wanted`` of the numbers 0 ... count - 1, spread evenly (sources are sorted by class)."""
+    wanted = min(count, wanted)
+    return np.arange(wanted) * count // max(1, wanted)
+
+
+def load_squares(
+    source: ImageSource, indices: Sequence[int] | np.ndarray, size: int
+) -> tuple[np.ndarray, list[str]]:
+    """Decoded and cropped images, (n, size, size, 3) uint8, and the names of unreadable ones.
+
+    Raises:
+        InputError: none of them is readable.
+    """
+    decoder = BatchDecoder(source, size, threads=default_threads())
+    batch = next(decoder.batches([np.asarray(indices)]))
+    readable, unreadable = _readable(batch, source)
+    if not len(readable):
+        raise InputError(f"none of {len(batch.indices)} images is readable: {unreadable[0]}")
+    return readable, unreadable
+
+
+def _readable(batch: DecodedBatch, source: ImageSource) -> tuple[np.ndarray, list[str]]:
+    """The readable squares, and "name: reason" of the others."""
+    bad = batch.unreadable
+    names = [f"{source.name(int(batch.indices[i]))}: {why}" for i, why in sorted(bad.items())]
+    return np.delete(batch.pixels, sorted(bad), axis=0), names
+
+
+class _Share:
+    """What one process measured on its part of the images."""
+
+    def __init__(self) -> None:
+        self.pairs = ReconstructionMetrics()
+        self.real, self.fake = FeatureMoments(), FeatureMoments()
+        self.logits: list[np.ndarray] = []
+        self.lpips_sum = 0.0
+        self.unreadable: list[str] = []
+
+    def add(
+        self,
+        images: Tensor,
+        rebuilt: Tensor,
+        extractor: FeatureExtractor | None,
+        lpips: nn.Module | None,
+    ) -> None:
+        """Add pairs of uint8 images (B, 3, H, W)."""
+        self.pairs.update(images, rebuilt)
+        if lpips is not None:
+            self.lpips_sum += lpips(rebuilt / 255, images / 255).item() * len(images)
+        if extractor is not None:
+            self.real.update(extractor(images)["features"].cpu().numpy())
+            found = extractor(rebuilt)
+            self.fake.update(found["features"].cpu().numpy())
+            if found["logits"] is not None:
+                self.logits.append(found["logits"].cpu().numpy())
+
+    def merge(self, other: "_Share") -> None:
+        """Add what another process measured."""
+        self.pairs.merge(other.pairs)
+        self.real.merge(other.real)
+        self.fake.merge(other.fake)
+        self.logits += other.logits
+        self.lpips_sum += other.lpips_sum
+        self.unreadable += other.unreadable
+
+
+def evaluate_tokenizer(
+    model: Autoencoder,
+    source: ImageSource,
+    *,
+    image_size: int,
+    extractor: FeatureExtractor | None = None,
+    lpips: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    bf16: bool = False,
+    limit: int | None = None,
+    accelerator: Accelerator | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Rebuild every image once and score the results; streams, on all processes.
+
+    Args:
+        extractor: for the Fréchet distance and the inception score; None: leave them out.
+        lpips: a ``tokenizer.perceptual.LPIPS``; None: leave it out.
+        limit: score only so many images, evenly spaced in the source.
+        accelerator: where there are several processes, each takes its share; all return
+            the scores of the whole.
+
+    Returns:
+        "images" (count), "unreadable" (list of "name: reason"), "psnr" in dB and "ssim" (mean
+        over images), "psnr of the mean image" in dB (what a decoder gets that ignores its
+        input), and if asked for "lpips", "r" + the extractor's name (say "rFID"), "is" and
+        "is std". The Fréchet distance of fewer images than "feature dimensions" is strongly
+        biased: compare it at equal counts only.
+
+    Raises:
+        InputError: no image is readable. NonFiniteError: the decoder's output is not finite.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    chosen = evenly_spaced(len(source), limit or len(source))
+    if not len(chosen):
+        raise InputError("there are no images to evaluate the tokenizer on")
+    mine = chosen[rank::world]
+    share = _Share()
+    decoder = BatchDecoder(source, image_size, threads=default_threads())
+    slices = (mine[i : i + batch_size] for i in range(0, len(mine), batch_size))
+    with (
+        torch.inference_mode(),
+        progress("rebuild", total=len(mine), quiet=quiet or rank > 0) as task,
+    ):
+        for batch in decoder.batches(slices):
+            pixels, unreadable = _readable(batch, source)
+            share.unreadable += unreadable
+            if len(pixels):
+                rebuilt = rebuild(model, to_float(pixels, device), bf16=bf16)
+                original = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(rebuilt.device)
+                share.add(original, rebuilt, extractor, lpips)
+            task.advance(len(batch.indices))
+    first, *others = gather_object([share]) if world > 1 else [share]
+    for other in others:
+        first.merge(other)
+    some = chosen[evenly_spaced(len(chosen), BASELINE_IMAGES)]
+    baseline, _ = load_squares(source, some, image_size)
+    return _scores(first, extractor, lpips is not None, mean_image_psnr(baseline))
+
+
+def _scores(
+    share: _Share, extractor: FeatureExtractor | None, with_lpips: bool, baseline: float
+) -> dict[str, Any]:
+    pairs = share.pairs.result()
+    scores: dict[str, Any] = {
+        "images": pairs["count"],
+        "unreadable": share.unreadable,
+        "psnr": pairs["psnr"],
+        "ssim": pairs["ssim"],
+        "psnr of the mean image": baseline,
+    }
+    if with_lpips:
+        scores["lpips"] = share.lpips_sum / pairs["count"]
+    if extractor is not None and share.fake.count > 1:
+        reference = FrechetReference(share.real.finish())
+        scores[f"r{extractor.name}"] = reference.distance(share.fake.finish())
+        scores["feature dimensions"] = extractor.dimensions
+        if share.logits and pairs["count"] >= _INCEPTION_SPLITS:
+            logits = np.concatenate(share.logits)
+            scores["is"], scores["is std"] = inception_score(logits, splits=_INCEPTION_SPLITS)
+    return scores
+
+
+def mean_image_psnr(pixels: np.ndarray) -> float:
+    """Mean PSNR in dB of images (n, S, S, 3) uint8 against their mean image."""
+    total = np.zeros(pixels.shape[1:])
+    for image in pixels:
+        total += image
+    mean = np.round(total / len(pixels)).astype(np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    mean_image = torch.from_numpy(mean).permute(2, 0, 1)[None]
+    values = [psnr(image[None], mean_image).item() for image in images]
+    return sum(values) / len(values)
+
+
+def reconstruction_picture(
+    model: Autoencoder,
+    pixels: np.ndarray,
+    *,
+    columns: int = 8,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+) -> Image.Image:
+    """A grid, each original above what the tokenizer makes of it.
+
+    Args:
+        pixels: (n, S, S, 3) uint8, as from `load_squares`.
+    """
+    parts = range(0, len(pixels), batch_size)
+    rebuilt = torch.cat(
+        [rebuild(model, to_float(pixels[i : i + batch_size], device)).cpu() for i in parts]
+    )
+    rows = reconstruction_rows(to_images(pixels), to_images(rebuilt))
+    return labelled_grid(rows, columns=min(columns, len(pixels)))
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """What a tokenizer rebuilds from latents corrupted in one way.
+
+    Attributes:
+        level: standard deviation of the noise, in units of the tokenizer's latent std.
+        sigma: the same in absolute units. hidden: share of tokens hidden from the encoder.
+        psnr: dB, mean over images. rebuilt: (n, 3, S, S) uint8.
+    """
+
+    level: float
+    sigma: float
+    hidden: float
+    psnr: float
+    rebuilt: Tensor
+
+
+@dataclass(frozen=True)
+class CorruptionStudy:
+    """A tokenizer under noise and masks.
+
+    Attributes:
+        latent_std: of the posterior's means, root of the mean over channels of their variance.
+        cells: one a combination of level and mask ratio, levels outermost.
+    """
+
+    latent_std: float
+    cells: list[Corrupted]
+
+    def rows(self, originals: np.ndarray, *, images: int = 8) -> list[ImageRow]:
+        """The originals (n, S, S, 3) uint8 and one row of rebuilt images a cell, with labels."""
+        first = [ImageRow("original", [(image,) for image in to_images(originals[:images])])]
+        return first + [
+            ImageRow(
+                f"noise {cell.level:g}, hidden {cell.hidden:.0%}: {cell.psnr:.1f} dB",
+                [(image,) for image in to_images(cell.rebuilt[:images])],
+            )
+            for cell in self.cells
+        ]
+
+
+@torch.inference_mode()
+def study_corruption(
+    model: LDeTok,
+    pixels: np.ndarray,
+    *,
+    levels: Sequence[float] = (0.0, 0.5, 1.0, 2.0),
+    ratios: Sequence[float] = (0.0, 0.3, 0.5, 0.7),
+    gamma: float = 0.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    bf16: bool = False,
+) -> CorruptionStudy:
+    """Rebuild images from corrupted latents, at every noise level and mask ratio.
+
+    Training with noise inflates the latents' spread, so a level is the noise's standard
+    deviation divided by the tokenizer's own latent std: equal levels are equal ratios of noise
+    to signal. The noise numbers and the hidden places are the same for every tokenizer of the
+    same form, level and ratio.
+
+    Args:
+        pixels: (n, S, S, 3) uint8.
+        levels: noise, in units of the latent std, at least 0.
+        ratios: shares of tokens to hide, in [0, 1).
+        gamma: 0 adds the noise to the latents. Above 0 it is scaled as interpolative training
+            with this gamma has it, (1 - tau) z + tau gamma eps, with the tau that gives the
+            same ratio of noise to signal: the form that such a decoder knows.
+    """
+    batches = list(_numbered(pixels, batch_size))
+    context = torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
+    with context:
+        means = [
+            Posterior(model.encode_moments(to_float(part, device)).float()).mean
+            for _, part in batches
+        ]
+        variance = torch.cat(means).flatten(0, 1).double().var(dim=0, unbiased=False)
+        latent_std = variance.mean().sqrt().item()
+        cells = []
+        for level in levels:
+            sigma = level * latent_std
+            tau, scale = (sigma / (gamma + sigma), gamma) if gamma else (1.0, sigma)
+            for hidden in ratios:
+                rebuilt = [
+                    to_uint8(
+                        model.rebuild(
+                            to_float(part, device),
+                            Noise(seed, numbers, device=device),
+                            tau=tau,
+                            gamma=scale,
+                            noise_kind="interpolative" if gamma else "additive",
+                            hidden=hidden,
+                        ).reconstruction
+                    ).cpu()
+                    for numbers, part in batches
+                ]
+                images = torch.cat(rebuilt)
+                original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                value = psnr(original, images).mean().item()
+                cells.append(Corrupted(level, sigma, hidden, value, images))
+    return CorruptionStudy(latent_std, cells)
+
+
+def _numbered(pixels: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:
+    """Batches of images with their numbers."""
+    for start in range(0, len(pixels), size):
+        stop = min(start + size, len(pixels))
+        yield range(start, stop), pixels[start:stop]
