@@ -6,7 +6,8 @@ follow the published checkpoints. B images, N places of the latent, C channels, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ class Blocks(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, rope: Rope | None) -> Tensor:
         """x (B, T, W), condition y (B, 1, W) -> (B, T, W)."""
-        for block in self.blocks:
+        for block in cast(Iterable[AdaLNBlock], self.blocks):
             x = block(x, block.adaLN_modulation(y), rope=rope)
         return x
 
@@ -136,7 +137,7 @@ class Backbone(nn.Module):
     def _init_weights(self) -> None:
         init_linear_layers(self)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))  # a view
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.get_parameter("x_embedder.proj.bias"))
         for weight in (
             self.t_embedder.mlp[0].weight,
             self.t_embedder.mlp[2].weight,

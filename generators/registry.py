@@ -86,6 +86,15 @@ def _family(name: str) -> tuple[Family, tuple[int, int, int]]:
     raise ConfigError(f"generator {name!r} is unknown; {hint}")
 
 
+def generator_size(name: str) -> tuple[int, int, int]:
+    """(width, depth, heads) of a name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    return _family(name)[1]
+
+
 def default_sampling(name: str) -> Sampling:
     """The published sampling options of a generator.
 
