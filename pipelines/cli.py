@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": ("commands_demo", "The whole pipeline on real pictures, in ten minutes."),
     "train-tok": ("commands_train", "Train an l-DeTok tokenizer."),
     "eval-tok": ("commands_train", "Measure and picture a tokenizer's reconstructions."),
+    "plan": ("commands_cache", "Estimate disk and time of an encode before it starts."),
     "encode": ("commands_cache", "Write the latent cache of an image set."),
     "finalize": ("commands_cache", "Finish a cache whose shards are all written."),
     "info": ("commands_cache", "Describe a latent cache."),

@@ -20,7 +20,7 @@ round twice), give other pixels and are not used.
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,7 +236,7 @@ class BatchDecoder:
         self._budget = MemoryBudget(memory_budget)
         self._threads = threads
 
-    def batches(self, batches: Iterable[np.ndarray]) -> Iterator[DecodedBatch]:
+    def batches(self, batches: Iterable[np.ndarray]) -> Generator[DecodedBatch, None, None]:
         """Decode the images of each array of indices, in order."""
         queue: deque[tuple[np.ndarray, np.ndarray, list[Future[str | None]]]] = deque()
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")

@@ -4,16 +4,20 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
 from detok_pipe.latents.plan import CachePlan
-from detok_pipe.pipelines.decode import BatchDecoder, default_threads, to_float
+from detok_pipe.pipelines.config import TokenizerConfig
+from detok_pipe.pipelines.decode import MAX_PIXELS, BatchDecoder, default_threads, to_float
 from detok_pipe.pipelines.encode import Encoder, moments_on_device
+from detok_pipe.pipelines.images import ImageSource
+from detok_pipe.pipelines.trained import TrainedTokenizer, build_tokenizer
 
-# ImageNet's usual file: 500 x 375 pixels, some 110 kB.
 _TYPICAL_SIZE = (500, 375)
 _TRIAL_SECONDS = 3.0
 _RAW_BYTES = 4  # a value of a shard before its statistics are known; fp16 afterwards
@@ -39,6 +43,31 @@ class Estimate:
     encoder_rate: float
     decoder_rate: float
     seconds: float
+
+
+class TypicalImages(ImageSource):
+    """Images of which nothing but their number is known yet: 500 x 375, as usual in ImageNet."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(Path("images to come"), np.full(count, -1).tolist(), [], MAX_PIXELS)
+        self._identity = {"hash": "unknown", "count": count}
+        noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).resize(_TYPICAL_SIZE).save(file, "JPEG", quality=95)
+        self._data = file.getvalue()
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def open(self, index: int) -> BinaryIO:
+        return io.BytesIO(self._data)
+
+
+def untrained(config: TokenizerConfig, device: torch.device | str) -> TrainedTokenizer:
+    """A tokenizer of ``config`` whose weights do not matter: its speed is that of a trained one."""
+    model = build_tokenizer(config).to(device).eval().requires_grad_(False)
+    identity = {"fingerprint": "untrained"}
+    return TrainedTokenizer(model, config.image_size, identity, "untrained", Path("untrained"), 0)
 
 
 def estimate(
@@ -81,12 +110,8 @@ def _encoder_rate(tokenizer: Encoder, plan: CachePlan, device: torch.device) -> 
 
 def _decoder_rate(size: int) -> float:
     """Images a second of reading, decoding and cropping on all threads."""
-    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize(_TYPICAL_SIZE).save(file, "JPEG", quality=95)
-    trial = _OneImage(file.getvalue())
     threads = default_threads()
-    decoder = BatchDecoder(trial, size, threads=threads)
+    decoder = BatchDecoder(TypicalImages(1), size, threads=threads)
     batch = np.zeros(8 * threads, np.int64)
 
     def once() -> None:
@@ -103,21 +128,3 @@ def _seconds_each(function: Callable[[], None]) -> float:
         function()
         calls += 1
     return (time.perf_counter() - start) / calls
-
-
-class _OneImage:
-    """A source that holds one image in memory."""
-
-    max_pixels = 1 << 24
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return 1
-
-    def name(self, index: int) -> str:
-        return "trial"
-
-    def open(self, index: int) -> io.BytesIO:
-        return io.BytesIO(self._data)

@@ -1,0 +1,157 @@
+"""The cache's commands, as a user types them: exit codes, messages, resumption."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detok_pipe.latents.cache import open_cache
+from detok_pipe.pipelines.cli import main
+from detok_pipe.pipelines.config import TokenizerConfig, to_json
+from detok_pipe.pipelines.run_directory import open_run
+from detok_pipe.pipelines.trained import build_tokenizer
+
+COUNT = 22
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    config = TokenizerConfig(
+        image_size=16, patch_size=8, channels=4, encoder="32,1,2", decoder="32,1,2"
+    )
+    torch.manual_seed(0)
+    weights = build_tokenizer(config).state_dict()
+    path = tmp_path_factory.mktemp("runs") / "tok"
+    with open_run(path, kind="tokenizer", config=to_json(config), inputs={}, keep=1) as run:
+        run.save_checkpoint(1, {"model": weights, "ema": weights}, {})
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        file = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(file)
+    return tmp_path / "images"
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def encode(tokenizer, images, out, *more) -> int:
+    form = ("--shards", 3, "--rows-per-record", 4, "--batch-size", 4, "--quiet")
+    return run("encode", "--tokenizer", tokenizer, "--data", images, "--out", out, *form, *more)
+
+
+def test_encode_info_verify_convert(tokenizer, images, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert encode(tokenizer, images, cache) == 0
+    assert "22 images, fingerprint" in capsys.readouterr().out
+    assert run("info", cache, "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert run("info", cache) == 0
+    assert "class0" in capsys.readouterr().out
+    assert run("verify", cache) == 0
+    assert run("convert", cache, "--format", "zarr", "--out", tmp_path / "zarr") == 0
+    one, other = open_cache(cache), open_cache(tmp_path / "zarr")
+    everything = np.arange(COUNT)
+    for view in ("image", "mirror"):
+        assert (one.rows(everything, view) == other.rows(everything, view)).all()
+    assert encode(tokenizer, images, cache) == 0
+
+
+def test_processes_by_environment_then_finalize(tokenizer, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert encode(tokenizer, images, tmp_path / "cache") == 0
+    assert "22 images" in capsys.readouterr().out
+    assert run("finalize", tmp_path / "cache", "-q") == 0
+
+
+def test_unfinished_caches_say_how_to_go_on(tokenizer, images, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert encode(tokenizer, images, cache, "--rank", 0, "--world", 2) == 0
+    for command in (("finalize", cache), ("info", cache)):
+        assert run(*command) == 2
+        assert "run the same encode command again" in capsys.readouterr().err
+
+
+def test_quarantine_has_its_own_exit_code(tokenizer, images, tmp_path, capsys):
+    (images / "class0" / "bad.png").write_bytes(b"bad")
+    assert encode(tokenizer, images, tmp_path / "cache") == 3
+    assert "1 images were unreadable" in capsys.readouterr().err
+    assert encode(tokenizer, images, tmp_path / "cache") == 3
+    assert encode(tokenizer, images, tmp_path / "strict", "--strict") == 2
+    assert "bad.png" in capsys.readouterr().err
+
+
+def test_damage_is_found(tokenizer, images, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    encode(tokenizer, images, cache)
+    tar = next(cache.glob("image/*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    capsys.readouterr()
+    assert run("verify", cache) == 2
+    assert tar.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--data", "nowhere"), "nowhere does not exist"),
+        (("--tokenizer", "nowhere"), "nowhere is no run directory"),
+        (("--device", "quantum"), "--device quantum cannot be used here"),
+    ],
+)
+def test_bad_options(tokenizer, images, tmp_path, capsys, change, message):
+    assert encode(tokenizer, images, tmp_path / "cache", *change) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_setting_is_refused(tokenizer, images, tmp_path, capsys):
+    encode(tokenizer, images, tmp_path / "cache", "--world", 2)
+    assert encode(tokenizer, images, tmp_path / "cache", "--seed", 1) == 2
+    assert "begun with another seed: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_plan(capsys):
+    from detok_pipe.pipelines import estimate, presets
+
+    presets.TOKENIZER_PRESETS["small-for-test"] = lambda: TokenizerConfig(
+        image_size=16, patch_size=8, channels=4, encoder="32,1,2", decoder="32,1,2"
+    )
+    seconds, estimate._TRIAL_SECONDS = estimate._TRIAL_SECONDS, 0.0
+    try:
+        shape = ("--images", 1000, "--shards", 2, "--preset", "small-for-test")
+        assert run("plan", *shape, "--device", "cpu", "--batch-size", 2) == 0
+    finally:
+        estimate._TRIAL_SECONDS = seconds
+        del presets.TOKENIZER_PRESETS["small-for-test"]
+    printed = capsys.readouterr().out
+    assert "(64,000 bytes)" in printed  # 1000 rows x 4 tokens x 4 channels x 2 views x mean, std
+    assert "hours" in printed
+
+
+def test_modules_of_the_command_line_are_light():
+    code = (
+        "import sys, detok_pipe.pipelines.commands_cache; "
+        "sys.exit(bool({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment)
+    assert done.returncode == 0
