@@ -11,6 +11,7 @@ from detok_pipe.pipelines.plots import (
     Measured,
     Metric,
     Sweep,
+    SweepPoint,
     loss_curve,
     sweep_curve,
 )
@@ -55,46 +56,51 @@ def curve_figure(curves: Sequence[Curve], *, caption: str, ylabel: str = "loss")
     )
 
 
-def sweep_blocks(sweep: Sweep, metrics: Sequence[Metric]) -> list[Block]:
-    """Plot and table of a guidance sweep, and a warning where the best scale is at the edge."""
-    points = sorted(sweep.points, key=lambda point: point.scale)
+def sweep_blocks(
+    sweeps: Sequence[Sweep], metrics: Sequence[Metric], warnings: Sequence[str] = ()
+) -> list[Block]:
+    """Plot and table of a guidance sweep.
+
+    Args:
+        sweeps: the deciding curve first, then others (earlier rungs, with fewer samples).
+        metrics: the deciding one first; the plot shows two, the table all.
+        warnings: what a reader must know, a sentence each.
+    """
+    points = [(sweep, p) for sweep in sweeps for p in sorted(sweep.points, key=_scale)]
     if not points:
-        return [
-            Text(
-                "No sweep yet: run `detok-pipe sweep-cfg` on this run, then this page again.",
-                "note",
-            )
-        ]
-    found = "" if sweep.best is None else f" The best scale is {sweep.best:g}."
+        advice = "No sweep yet: run `detok-pipe sweep-cfg` on this run, then this page again."
+        return [Text(advice, tone="note")]
+    best = sweeps[0].best
+    found = "" if best is None else f" The best scale is {best:g}."
+    scales = sorted(p.scale for _, p in points)
     blocks: list[Block] = []
-    if any(_finite(p.metrics.get(m.name)) for p in points for m in metrics):
+    if any(_finite(p.metrics.get(m.name)) for _, p in points for m in metrics[:2]):
         blocks.append(
             plot_figure(
-                functools.partial(sweep_curve, [sweep], metrics),
-                alt=f"{' and '.join(m.name for m in metrics)} against the guidance scale, "
-                f"{len(points)} scales from {points[0].scale:g} to {points[-1].scale:g}.{found}",
+                functools.partial(sweep_curve, sweeps, metrics[:2]),
+                alt=f"{' and '.join(m.name for m in metrics[:2])} against the guidance scale, "
+                f"{len(set(scales))} scales from {scales[0]:g} to {scales[-1]:g}.{found}",
                 caption="Scores by guidance scale. Bars: plus and minus one standard error. All "
                 "scales share labels and noise, so their differences are surer than the bars "
                 "suggest. The ring marks the best scale.",
             )
         )
-    best = next((i for i, p in enumerate(points) if p.scale == sweep.best), None)
+    shown = [m for m in metrics if any(m.name in p.metrics for _, p in points)]
+    named = len(sweeps) > 1
     blocks.append(
         Table(
-            columns=["Guidance scale", *(m.label for m in metrics)],
-            rows=[[p.scale, *(p.metrics.get(m.name) for m in metrics)] for p in points],
+            columns=["Guidance scale", *(["Curve"] if named else []), *(m.label for m in shown)],
+            rows=[
+                [p.scale, *([sweep.name] if named else []), *(p.metrics.get(m.name) for m in shown)]
+                for sweep, p in points
+            ],
             caption=f"The sweep in numbers.{found}",
-            highlight=best,
+            highlight=next(
+                (i for i, (s, p) in enumerate(points) if s is sweeps[0] and p.scale == best), None
+            ),
         )
     )
-    if best is not None and len(points) > 2 and best in (0, len(points) - 1):
-        blocks.append(
-            Text(
-                f"The best scale, {sweep.best:g}, is the {'first' if best == 0 else 'last'} of the "
-                "grid. A better one may lie beyond it: sweep again with a wider grid.",
-                tone="warning",
-            )
-        )
+    blocks.extend(Text(f"{text[:1].upper()}{text[1:]}", tone="warning") for text in warnings)
     return blocks
 
 
@@ -151,3 +157,7 @@ def timings(stages: Sequence[tuple[str, float]]) -> Table:
 
 def _finite(measured: Measured | None) -> bool:
     return measured is not None and math.isfinite(measured.value)
+
+
+def _scale(point: SweepPoint) -> float:
+    return point.scale

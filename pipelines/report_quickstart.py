@@ -39,7 +39,7 @@ _OWN_IMAGES = (
     "detok-pipe train-tok detok-sb --data my-images/train --out runs/tok",
     "detok-pipe encode --tokenizer runs/tok --data my-images/train --out cache",
     "detok-pipe train-gen mar-b --latents cache --out runs/mar-b",
-    "detok-pipe fid-stats --data my-images/train --out my-stats.npz",
+    "detok-pipe fid-stats my-images/train --out my-stats.npz",
     "detok-pipe sweep-cfg runs/mar-b --ref my-stats.npz",
     "detok-pipe report runs/mar-b",
 )
@@ -96,6 +96,7 @@ class GeneratorFacts:
     Attributes:
         samples: guidance scale -> rows by class; the best scale is shown open.
         by_scale: one row a scale; columns share class and noise.
+        warnings: of the sweep.
     """
 
     name: str
@@ -104,6 +105,7 @@ class GeneratorFacts:
     sweep: Sweep
     samples: Mapping[float, Sequence[ImageRow]]
     by_scale: Sequence[ImageRow]
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _guidance(facts: QuickstartFacts) -> list[Block]:
             "Guidance pushes each prediction away from what the model would say without a class. "
             "Its scale is chosen by measurement: 1 is no guidance, too much costs variety."
         ),
-        *sweep_blocks(facts.generator.sweep, facts.metrics),
+        *sweep_blocks([facts.generator.sweep], facts.metrics, facts.generator.warnings),
     ]
 
 
@@ -350,7 +352,7 @@ def _next(facts: QuickstartFacts) -> list[Block]:
         commands(
             _OWN_IMAGES,
             caption="Your own images: a folder with one folder of images a class. Each command "
-            "resumes when it is run again; `--dry-run` says first what it will need.",
+            "resumes when it is run again; `--dry-run` of a trainer says what it will need.",
         ),
         commands(
             _IMAGENET,

@@ -1,5 +1,6 @@
 """The page of ``detok-pipe report RUN``: one generator run, with all that has been measured."""
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from detok_pipe.pipelines.report_parts import (
     sweep_blocks,
 )
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
+from detok_pipe.pipelines.sweep_output import measured, sweep_curves, sweep_metrics
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class RunFacts:
     Attributes:
         record: the run's ``config.json``.
         curves: training losses. speed: images a second by step.
-        sweep: the guidance sweep. metrics: of sweep and scores, the deciding one first.
+        sweeps: the guidance sweep, its deciding curve first. warnings: about it.
+        metrics: of sweep and scores, the deciding one first.
+        sweep_settings: everything that the sweep's result depends on.
         scores: final scores, the best first. notes: what limits them, a sentence each.
         samples: (caption, rows) of image grids.
         commands: the exact commands that make this run and this page again.
@@ -47,7 +51,9 @@ class RunFacts:
     record: Mapping[str, Any]
     curves: Sequence[Curve] = ()
     speed: Sequence[Curve] = ()
-    sweep: Sweep | None = None
+    sweeps: Sequence[Sweep] = ()
+    warnings: Sequence[str] = ()
+    sweep_settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Metric] = ()
     scores: Sequence[ScoreRow] = ()
     notes: Sequence[str] = ()
@@ -59,7 +65,7 @@ class RunFacts:
 def read_run(run: Path) -> RunFacts:
     """What the run directory itself tells: configuration, curves, the training command.
 
-    Sweep, scores and samples are added by ``dataclasses.replace``.
+    :func:`with_sweep` adds what a sweep found.
 
     Raises:
         CheckpointError: it is no generator run.
@@ -80,17 +86,78 @@ def read_run(run: Path) -> RunFacts:
     )
 
 
+def with_sweep(
+    facts: RunFacts, run: Path, result: Mapping[str, Any], rows: Sequence[ImageRow] = ()
+) -> RunFacts:
+    """The facts with a sweep's curves, final scores, pictures and its exact command.
+
+    Args:
+        run: the run directory, as it stands in the command.
+        result: what ``sweep.json`` holds.
+        rows: samples by scale.
+    """
+    scores = []
+    for record in result["final"]:
+        settings = record["settings"]
+        scale = settings["samples"]["sampling"]["guidance_scale"]
+        metrics = measured(record["metrics"])
+        scores.append(ScoreRow(f"guidance scale {scale:g}", settings["count"], metrics))
+    notes = dict.fromkeys(note for record in result["final"] for note in record["notes"])
+    caption = "The same labels and the same noise at each guidance scale, in seed order."
+    *earlier, again = facts.commands
+    return dataclasses.replace(
+        facts,
+        sweeps=sweep_curves(result),
+        warnings=result["warnings"],
+        sweep_settings={"plan": result["plan"], **result["settings"]},
+        metrics=sweep_metrics(result),
+        scores=scores,
+        notes=list(notes),
+        samples=[*facts.samples, *([(caption, rows)] if rows else [])],
+        commands=[*earlier, sweep_command(run, result), again],
+    )
+
+
+def sweep_command(run: Path, result: Mapping[str, Any]) -> str:
+    """The command that makes a sweep again, with every option that changes its result."""
+    plan, network = result["plan"], result["settings"]["network"]["name"]
+    sampling, unguided = plan["sampling"], plan["unguided"]
+    low, high = sampling["guidance_interval"]
+    is_inception = "@" not in network
+    options: dict[str, Any] = {
+        "--ref": result["reference"],
+        "--tokenizer": result["tokenizer"],
+        "--scales": ",".join(f"{scale:g}" for scale in plan["scales"]),
+        "--num": plan["count"],
+        "--final-num": plan["final_count"],
+        "--search": plan["search"],
+        "--seed": plan["seed"],
+        "--precision": plan["precision"],
+        "--schedule": sampling["guidance_schedule"],
+        "--guided-channels": sampling["guided_channels"],
+        "--temperature": sampling["temperature"],
+        "--unguided-temperature": unguided["temperature"],
+        "--steps": sampling["steps"],
+        "--iterations": sampling["iterations"],
+        "--method": sampling["method"],
+        "--features": "inception" if is_inception else "efficientnet-lite2",
+        "--resolution": None if is_inception else network.rpartition("@")[2],
+    }
+    words = ["detok-pipe", "sweep-cfg", str(run)]
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    words += ["--interval", str(low), str(high)]
+    if not result["generator"].get("ema", True):
+        words.append("--no-ema")
+    return shlex.join(words)
+
+
 def run_page(facts: RunFacts) -> Report:
     """The page of a run at any stage of its life."""
     record = facts.record
-    sections = [Section("Training", _training(facts))]
-    if facts.sweep is not None:
-        sections.append(Section("Guidance", sweep_blocks(facts.sweep, facts.metrics)))
-    else:
-        advice = (
-            f"Not swept yet. `detok-pipe sweep-cfg` finds the best guidance scale of {facts.name}."
-        )
-        sections.append(Section("Guidance", [Text(advice, tone="note")]))
+    guidance = sweep_blocks(facts.sweeps, facts.metrics, facts.warnings)
+    sections = [Section("Training", _training(facts)), Section("Guidance", guidance)]
     if facts.samples:
         sections.append(Section("Samples", _samples(facts)))
     sections.append(Section("Scores", _scores(facts)))
@@ -110,7 +177,7 @@ def run_page(facts: RunFacts) -> Report:
         data={
             "config": record.get("config", {}),
             "inputs": record.get("inputs", {}),
-            "sweep": asdict(facts.sweep) if facts.sweep else None,
+            "sweeps": [asdict(sweep) for sweep in facts.sweeps],
             "scores": [asdict(row) for row in facts.scores],
         },
         footer=facts.footer,
@@ -138,8 +205,8 @@ def _headline(facts: RunFacts) -> list[tuple[str, Cell]]:
         headline += [
             (f"{m.name}, {best.name}", best.metrics.get(m.name)) for m in facts.metrics[:2]
         ]
-    if facts.sweep is not None and facts.sweep.best is not None:
-        headline.append(("best guidance scale", facts.sweep.best))
+    if facts.sweeps and facts.sweeps[0].best is not None:
+        headline.append(("best guidance scale", facts.sweeps[0].best))
     return headline
 
 
@@ -185,7 +252,8 @@ def _origin(facts: RunFacts) -> list[Block]:
         KeyValues({**record.get("inputs", {}), **{f"latents.{k}": v for k, v in latents.items()}}),
         *settings(
             {
-                "All settings": record.get("config", {}),
+                "All settings of the training": record.get("config", {}),
+                "All settings of sweep and scores": facts.sweep_settings,
                 "Tokenizer": record.get("tokenizer", {}),
                 "Latent statistics": record.get("latents", {}).get("stats", {}),
                 "Classes": dict(enumerate(record.get("latents", {}).get("class_names", []))),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from detok_pipe.latents.errors import CheckpointError
 from detok_pipe.pipelines import report, report_parts, report_quickstart, report_run
+from detok_pipe.pipelines.commands_score import sweep_cfg
 from detok_pipe.pipelines.pictures import ImageRow
 from detok_pipe.pipelines.plots import Curve, Measured, Metric, Sweep, SweepPoint
 from detok_pipe.pipelines.report import (
@@ -94,7 +96,7 @@ def checked(html: str) -> Page:
     assert {tag for tag, _ in page.elements} <= TAGS
     for _, attributes in page.elements:
         assert set(attributes) <= ATTRIBUTES
-    assert [a for a in page.all("script")] in (
+    assert page.all("script") in (
         [],
         [{"type": "application/json", "id": "report-data"}],
     )
@@ -284,15 +286,20 @@ def sweep(best: float | None = 2.0, name: str = "mar") -> Sweep:
     return Sweep(name, points, best)
 
 
-@pytest.mark.parametrize(
-    ("best", "warned"), [(1.0, True), (2.0, False), (3.0, True), (None, False)]
-)
-def test_a_best_scale_at_the_edge_is_warned_of(best, warned) -> None:
-    blocks = report_parts.sweep_blocks(sweep(best), METRICS)
-    assert any(isinstance(b, Text) and b.tone == "warning" for b in blocks) == warned
+@pytest.mark.parametrize("best", [1.0, 2.0, None])
+def test_a_sweep_s_table_is_in_order_and_marks_the_best(best) -> None:
+    blocks = report_parts.sweep_blocks([sweep(best)], METRICS, ["the best is at the edge"])
+    assert Text("The best is at the edge", tone="warning") in blocks
     table = next(b for b in blocks if isinstance(b, Table))
     assert [row[0] for row in table.rows] == [1.0, 2.0, 3.0]
     assert table.highlight == (None if best is None else int(best) - 1)
+
+
+def test_curves_of_a_sweep_are_told_apart_and_only_the_first_decides() -> None:
+    blocks = report_parts.sweep_blocks([sweep(3.0, "100 samples"), sweep(None, "50")], METRICS)
+    table = next(b for b in blocks if isinstance(b, Table))
+    assert [row[1] for row in table.rows] == ["100 samples"] * 3 + ["50"] * 3
+    assert table.highlight == 2
 
 
 def test_metrics_that_nobody_has_take_no_column() -> None:
@@ -396,7 +403,9 @@ def run_facts(name: str = "mar-b") -> report_run.RunFacts:
         },
         curves=[Curve(name, [1, 500], [2.0, 1.0])],
         speed=[Curve("images a second", [1, 500], [20.0, 21.0])],
-        sweep=sweep(name=name),
+        sweeps=[sweep(name=name)],
+        warnings=[name],
+        sweep_settings={name: name},
         metrics=METRICS,
         scores=[ScoreRow(name, 50_000, {"FD-EffLite2@128": Measured(5.2, 0.05)})],
         notes=[name],
@@ -427,10 +436,70 @@ def test_a_run_that_has_just_begun_has_a_page() -> None:
     bare = report_run.RunFacts("new", {"config": {}})
     page = checked(report.render(report_run.run_page(bare)))
     assert "No loss has been logged yet" in page.words
-    assert "Not swept yet" in page.words
+    assert "No sweep yet" in page.words
     assert "No final score yet" in page.words
-    unswept = dataclasses.replace(run_facts(), sweep=Sweep("mar", []), scores=[])
-    assert "No sweep yet" in checked(report.render(report_run.run_page(unswept))).words
+
+
+def sweep_result(network: str, ema: bool) -> dict:
+    sampling = {
+        "guidance_scale": 1.0,
+        "guidance_schedule": "linear",
+        "guidance_interval": [0.0, 1.0],
+        "guided_channels": None,
+        "temperature": 0.9,
+        "steps": 25,
+        "iterations": None,
+        "method": None,
+    }
+    value = {"KD": {"value": 3.0, "error": 0.5}}
+    final = {
+        "metrics": value,
+        "notes": ["a note"],
+        "settings": {"count": 50, "samples": {"sampling": sampling | {"guidance_scale": 2.5}}},
+    }
+    return {
+        "generator": {"ema": ema},
+        "plan": {
+            "scales": [1.0, 2.5],
+            "sampling": sampling,
+            "unguided": sampling | {"temperature": 0.95},
+            "count": 20,
+            "search": "halving",
+            "final_count": 50,
+            "seed": 7,
+            "precision": "fp32",
+        },
+        "metrics": [{"name": "KD", "better": "lower"}],
+        "rungs": [{"count": n, "points": [{"scale": 2.5, "metrics": value}]} for n in (10, 20)],
+        "best": 2.5,
+        "final": [final],
+        "warnings": ["a warning"],
+        "settings": {"network": {"name": network}},
+        "reference": "my ref.npz",
+        "tokenizer": "tok",
+    }
+
+
+@pytest.mark.parametrize(("network", "ema"), [("FID", True), ("FD-EffLite2@128", False)])
+def test_a_sweep_joins_the_page_with_a_command_that_the_program_takes(network, ema) -> None:
+    facts = dataclasses.replace(run_facts(), commands=["train", "report"])
+    swept = report_run.with_sweep(
+        facts, Path("my run"), sweep_result(network, ema), rows("scale 2.5")
+    )
+    assert (swept.commands[0], swept.commands[2]) == ("train", "report")
+    words = shlex.split(swept.commands[1])
+    assert words[:3] == ["detok-pipe", "sweep-cfg", "my run"]
+    options = {p.opts[0]: p for p in sweep_cfg.params} | {"--no-ema": None}
+    given = [word for word in words[3:] if word.startswith("--")]
+    assert set(given) <= set(options)
+    assert ("--no-ema" in given) != ema
+    assert words[words.index("--ref") + 1] == "my ref.npz"
+    assert words[words.index("--unguided-temperature") + 1] == "0.95"
+    assert words[words.index("--interval") + 1 :][:2] == ["0.0", "1.0"]
+    assert ("--resolution" in given) == (network != "FID")
+    page = checked(report.render(report_run.run_page(swept)))
+    for fact in ("guidance scale 2.5", "3.00 ± 0.50", "A warning", "a note", "20 samples"):
+        assert fact in page.words, fact
 
 
 def test_a_run_directory_is_read(tmp_path) -> None:
