@@ -99,11 +99,15 @@ def init_linear_layers(module: nn.Module) -> None:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding on adjacent channel pairs. x (B, H, N, D), cos and sin (N, D)."""
+    """Rotary embedding on adjacent channel pairs.
+
+    Args:
+        x: (B, H, N, D). rope: cosines and sines (N, D), the sine negative in a pair's first place:
+            (a, b) -> (a cos - b sin, b cos + a sin).
+    """
     cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class KeyValueCache:

@@ -59,7 +59,9 @@ class RotaryTable(nn.Module):
         self.register_buffer("freqs_sin", angle.sin().float())
 
     def forward(self) -> Rope:
-        return self.freqs_cos, self.freqs_sin
+        """As `rotate` wants it: the sine negative in the first place of each pair."""
+        pairs = self.freqs_sin.unflatten(-1, (-1, 2))
+        return self.freqs_cos, torch.stack((-pairs[..., 0], pairs[..., 1]), dim=-1).flatten(-2)
 
 
 class LightningDiT(FlowTransformer):
