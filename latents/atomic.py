@@ -163,12 +163,15 @@ def create_exclusive(path: Path | str, data: bytes) -> bool:
         temporary = _temporary(path)
         try:
             temporary.write_bytes(data)
-            _sync_file(temporary)
             try:
+                _sync_file(temporary)
                 os.link(temporary, path)
             except FileExistsError:
                 return False
             except OSError as error:
+                # The folder's owner tidied up, as it may once all that belongs there is there.
+                if error.errno == errno.ENOENT and path.exists():
+                    return False
                 # No hard links here (FAT, some network file systems): the name is still taken
                 # exclusively, but a kill in the next lines leaves a part, which readers reject.
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):

@@ -25,9 +25,9 @@ from detok_pipe.latents.plan import (
 from detok_pipe.latents.stats import LatentStats
 
 MANIFEST = "manifest.json"
-# A second copy, from which `verify --repair` restores a damaged manifest: the statistics in it
-# cannot be had again from normalised rows.
-BACKUP = "manifest.backup.json"
+# Second copies of the manifest and the index, from which `verify --repair` restores them: what they
+# say (the statistics above all) cannot be had again from normalised rows.
+BACKUP = "backup"
 
 Size = Annotated[int, Field(ge=0, lt=1 << 62)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 40)]
@@ -261,7 +261,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publishes a sealed manifest: the backup first, so that a manifest always has one."""
     value = manifest.model_dump(mode="json")
-    write_json(folder / BACKUP, value)
+    write_json(folder / BACKUP / MANIFEST, value)
     write_json(folder / MANIFEST, value)
 
 

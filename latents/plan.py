@@ -149,6 +149,10 @@ class CachePlan:
         # A round trip turns tuples into lists, so that plans compare equal after one.
         return dict(json.loads(canonical_json(value)))
 
+    def to_bytes(self) -> bytes:
+        """The content of ``plan.json``."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str = "plan.json") -> CachePlan:
         """The inverse of :meth:`to_json`.

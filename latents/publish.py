@@ -25,6 +25,7 @@ import numpy as np
 
 from detok_pipe.latents.atomic import remove_temporaries, storage_errors, write_bytes, write_json
 from detok_pipe.latents.manifest import (
+    BACKUP,
     FileRecord,
     Manifest,
     StatsRecord,
@@ -99,12 +100,6 @@ def working_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_small(folder: Path, name: str, data: bytes) -> FileRecord:
-    """Writes a file whole and gives its record."""
-    write_bytes(folder / name, data)
-    return FileRecord(path=name, bytes=len(data), crc32c=google_crc32c.value(data))
-
-
 def index_bytes(labels: np.ndarray, source_ids: np.ndarray) -> bytes:
     """``index.npy``: source number and label of each row."""
     index = np.empty(len(labels), INDEX_DTYPE)
@@ -152,11 +147,16 @@ def publish(
         after_shard(shard)
     files = [record for part in stored for record in part.files]
     files += store.write_metadata(contents.labels, contents.source_ids)
-    files.append(write_small(folder, INDEX, index_bytes(contents.labels, contents.source_ids)))
-    files.append(write_small(folder, QUARANTINE, quarantine_bytes(contents.quarantined)))
+    small = {
+        INDEX: index_bytes(contents.labels, contents.source_ids),
+        QUARANTINE: quarantine_bytes(contents.quarantined),
+    }
     if (folder / SOURCES).exists():
-        data = (folder / SOURCES).read_bytes()
-        files.append(FileRecord(path=SOURCES, bytes=len(data), crc32c=google_crc32c.value(data)))
+        small[SOURCES] = (folder / SOURCES).read_bytes()
+    for name, data in small.items():
+        for path in (folder / name, folder / BACKUP / name):
+            write_bytes(path, data)
+        files.append(FileRecord(path=name, bytes=len(data), crc32c=google_crc32c.value(data)))
     arrays = {
         name: [extent for part in stored for extent in part.arrays[name]]
         for name in (stored[0].arrays if stored else ())
@@ -256,3 +256,41 @@ def clean_up(folder: Path) -> None:
 def needs_clean_up(folder: Path) -> bool:
     """Whether a finished cache was left before :func:`clean_up` was through."""
     return (folder / COMMITS).exists()
+
+
+def plan_of(manifest: Manifest) -> CachePlan:
+    """The plan that a finished cache was made by."""
+    encoding = manifest.encoding
+    return CachePlan(
+        count=manifest.count + manifest.quarantined,
+        rows_per_shard=manifest.rows_per_shard,
+        grid=tuple(manifest.grid),
+        channels=manifest.channels,
+        encoder=manifest.encoder,
+        preprocessing=manifest.preprocessing,
+        sources=manifest.sources,
+        class_names=tuple(manifest.class_names),
+        views=tuple(manifest.views),
+        fields=tuple(manifest.fields),
+        format=manifest.format,
+        rows_per_record=manifest.rows_per_record,
+        seed=manifest.seed,
+        batch_size=encoding["batch_size"],
+        dtype=encoding["dtype"],
+        settings=encoding["settings"],
+        stats=None if manifest.stats.source == "dataset" else manifest.latent_stats,
+        encode_version=manifest.encode_version,
+    )
+
+
+def contents_of(folder: Path, manifest: Manifest, index: np.ndarray) -> Contents:
+    """All of a finished cache but its rows, from its checked manifest and index."""
+    lines = (folder / QUARANTINE).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    return Contents(
+        plan_of(manifest),
+        manifest.latent_stats,
+        manifest.measured_stats,
+        np.ascontiguousarray(index["label"]),
+        np.ascontiguousarray(index["source_id"]),
+        tuple(Quarantined(**json.loads(line)) for line in lines),
+    )

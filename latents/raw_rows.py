@@ -41,7 +41,7 @@ class RawRows:
     def __init__(
         self,
         folder: Path,
-        commits: Sequence[Mapping[str, Any]],
+        commits: Mapping[int, Mapping[str, Any]],
         shard_of: np.ndarray,
         row_of: np.ndarray,
         source_ids: np.ndarray,

@@ -11,6 +11,7 @@ Rows of quarantined images leave holes, which the last rows fill: the arrays sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class CacheWriter:
         path = Path(path)
         if not (path / PLAN).exists():
             _check_empty(path)
-        if not create_exclusive(path / PLAN, canonical_json(plan.to_json())):
+        if not create_exclusive(path / PLAN, plan.to_bytes()):
             found = CachePlan.from_json(read_json(path / PLAN), str(path / PLAN))
             found.check_same(plan, str(path))
         if paths is not None and not (path / SOURCES).exists():
@@ -107,7 +108,7 @@ class CacheWriter:
         """Shards without a commit record."""
         if self.finished:
             return []
-        return [k for k in range(self.plan.shards) if not self._commit_path(k).exists()]
+        return [k for k in range(self.plan.shards) if not self.has_commit(k)]
 
     def pending(self, rank: int = 0, world: int = 1) -> list[int]:
         """Shards that process ``rank`` of ``world`` must still write."""
@@ -151,7 +152,13 @@ class CacheWriter:
         # The name tells two writers' files apart: bits may differ between devices.
         name = f"{shard:05d}-{crc:08x}-{len(data):x}.safetensors"
         raw = self.path / RAW / name
-        write_bytes(raw, data)
+        try:
+            write_bytes(raw, data)
+        except FileNotFoundError:
+            # Another process committed this shard and the rest, finished the cache and tidied up.
+            if self.finished:
+                return
+            raise
         record = {
             "plan": self._digest,
             "shard": shard,
@@ -163,9 +170,10 @@ class CacheWriter:
             "quarantined": [[int(i), path, reason] for i, path, reason in quarantined],
         }
         if not create_exclusive(self._commit_path(shard), canonical_json(record)):
-            winner = read_json(self._commit_path(shard))
-            if winner["raw"] != name:
-                raw.unlink(missing_ok=True)
+            with contextlib.suppress(CacheError):  # the record is gone: the cache is finished
+                if read_json(self._commit_path(shard))["raw"] == name:
+                    return
+            raw.unlink(missing_ok=True)
 
     def finalize(self, progress: Callable[[int], None] = lambda shard: None) -> Manifest:
         """Normalises, writes the final shards and the manifest; does nothing when that is done.
@@ -191,7 +199,7 @@ class CacheWriter:
         missing = self.missing()
         if missing:
             raise CacheError(unfinished_message(self.path, len(missing), self.plan.shards))
-        commits = [self._commit(k) for k in range(self.plan.shards)]
+        commits = [self.commit_record(k) for k in range(self.plan.shards)]
         total = StatsAccumulator(self.plan.channels)
         for commit in commits:
             total.merge(StatsAccumulator.from_json(commit["stats"]))
@@ -213,7 +221,9 @@ class CacheWriter:
         labels = np.concatenate([np.array(c["labels"], np.int32) for c in commits])[flat]
         source_ids = np.concatenate(ids)[flat]
         row_shape = (self.plan.tokens, self.plan.channels)
-        raw = RawRows(self.path, commits, shard_of, row_of, source_ids, stats, row_shape)
+        raw = RawRows(
+            self.path, dict(enumerate(commits)), shard_of, row_of, source_ids, stats, row_shape
+        )
 
         def after_shard(shard: int) -> None:
             raw.release(shard, self.plan.rows_per_shard)
@@ -222,10 +232,19 @@ class CacheWriter:
         contents = Contents(self.plan, stats, measured, labels, source_ids, quarantined)
         publish(self.path, contents, raw, after_shard=after_shard)
 
+    def has_commit(self, shard: int) -> bool:
+        """Whether a shard is committed."""
+        return self._commit_path(shard).exists()
+
     def _commit_path(self, shard: int) -> Path:
         return self.path / COMMITS / f"{shard:05d}.json"
 
-    def _commit(self, shard: int) -> dict[str, Any]:
+    def commit_record(self, shard: int) -> dict[str, Any]:
+        """The record of a committed shard.
+
+        Raises:
+            CacheError: it is damaged or of another plan.
+        """
         path = self._commit_path(shard)
         record = read_json(path)
         if record.get("plan") != self._digest or record.get("shard") != shard:
