@@ -98,7 +98,7 @@ def dopri5(
     def size(value: Tensor) -> np.ndarray:
         """Root mean square, (b,) float64: of each image, or of the batch, repeated."""
         square = value.square().mean(dim=(1, 2) if per_image else None)
-        return square.sqrt().double().cpu().numpy() * np.ones(len(value))
+        return square.sqrt().cpu().double().numpy() * np.ones(len(value))
 
     def advanced(start: Tensor, step: np.ndarray, weights: np.ndarray, slopes: Tensor) -> Tensor:
         factors = torch.as_tensor(weights, dtype=start.dtype, device=start.device)

@@ -42,6 +42,9 @@ class RotaryTable(nn.Module):
     channels turn with the row, the others with the column, both counted in whole tokens.
     """
 
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
     def __init__(self, grid: Sequence[int], head_width: int) -> None:
         super().__init__()
         if head_width % 4:
