@@ -1,0 +1,56 @@
+"""What sampling and scoring need of several processes: who am I, wait, let one decide.
+
+Work is divided by shard number, so that any number of processes makes the same files; between
+processes only decisions travel, never features.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from detok_pipe.latents.errors import DetokError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among all. Without an Accelerator it is the only one, on ``device``."""
+
+    def __init__(
+        self, accelerator: Accelerator | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.accelerator = accelerator
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.world = 1 if accelerator is None else accelerator.num_processes
+        self.device = torch.device(device if accelerator is None else accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, shard: int) -> bool:
+        """Whether this process works on a shard."""
+        return shard % self.world == self.rank
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on the main process; its result, or its error, is everyone's."""
+        if self.world == 1:
+            return function()
+        outcome: list[object] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except DetokError as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if isinstance(outcome[1], DetokError):
+            raise outcome[1]
+        return outcome[0]  # type: ignore[return-value]

@@ -1,0 +1,181 @@
+"""Stage three, first half: draw latents from a generator into a sample store.
+
+Sample number i has the label ``classes[i mod len(classes)]`` and the noise of (seed, i), so it
+is the same whatever the number of processes or restarts, and two guidance scales share labels
+and noise. Within a shard the batches are fixed: with the same batch size, to the last bit.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from detok_pipe.generators.registry import default_sampling
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents.errors import ConfigError, NonFiniteError
+from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.progress import progress
+from detok_pipe.pipelines.trained import TrainedGenerator
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+ROWS_PER_SHARD = 250
+"""Samples a shard: seconds of work, and divides the counts that are commonly scored."""
+
+
+def sampling_of(generator: TrainedGenerator, **changes: Any) -> Sampling:
+    """The generator's published sampling options with changes (None: no change).
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    published = default_sampling(generator.record["config"]["generator"])
+    return dataclasses.replace(published, **given)
+
+
+def sampled_classes(generator: TrainedGenerator) -> list[int]:
+    """The labels that the generator was trained on."""
+    trained = generator.record["config"].get("classes")
+    if trained is None:
+        return list(range(len(generator.class_names)))
+    return [generator.class_names.index(name) for name in trained]
+
+
+def labels_of(ids: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """The label of each sample number, int64: any run of len(classes) numbers is balanced."""
+    return np.asarray(classes, dtype=np.int64)[ids % len(classes)]
+
+
+def sample(
+    generator: TrainedGenerator,
+    out: Path,
+    *,
+    count: int,
+    sampling: Sampling,
+    seed: int = 0,
+    first: int = 0,
+    classes: Sequence[int] | None = None,
+    stop: int | None = None,
+    batch_size: int = 64,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    precision: Precision = "auto",
+    processes: Processes | None = None,
+    name: str = "sample",
+    quiet: bool = False,
+) -> SampleStore:
+    """Draw samples ``first`` to ``first + count`` into the store ``out``, or the missing ones.
+
+    Args:
+        generator: on the device where it is to run.
+        classes: labels to go through; by default all that it was trained on.
+        stop: draw only the shards that begin before this row; the store stays unfinished.
+        precision: of the networks; "auto" is bf16 on a GPU, fp32 elsewhere.
+        name: shown beside the progress.
+
+    Returns:
+        The store. Other processes' shards are there after ``processes.wait()``.
+
+    Raises:
+        MismatchError: the store holds samples of other settings; the field is named.
+        NonFiniteError: the generator gave NaN or infinite latents, or beyond fp16's range.
+        ConfigError: no samples, or a label that the generator does not know.
+        StorageError: the disk is full; shards written before stay.
+    """
+    processes = processes or Processes(device=next(generator.model.parameters()).device)
+    classes = sampled_classes(generator) if classes is None else list(classes)
+    _check(generator, count, classes)
+    dtype = _resolved(precision, processes.device)
+    identity = {
+        **generator.identity,
+        "model": generator.record["config"]["model"],
+        "sampling": json.loads(json.dumps(dataclasses.asdict(sampling))),
+        "seed": seed,
+        "first": first,
+        "dtype": dtype,
+        "classes": classes,
+    }
+    store = SampleStore.open(
+        out,
+        identity,
+        count=count,
+        grid=generator.grid,
+        channels=generator.stats.channels,
+        rows_per_shard=rows_per_shard,
+        stats=generator.stats,
+        extra={
+            "class_names": generator.class_names,
+            "generator_run": str(generator.path),
+            "label": "classes[(first + i) mod len(classes)]",
+            "batch_size": batch_size,
+        },
+    )
+    stop = count if stop is None else stop
+    pending = [part for part in store.pending(processes.rank, processes.world) if part[1] < stop]
+    wanted = sum(
+        min(start + rows_per_shard, count) - start
+        for shard, start in enumerate(range(0, min(stop, count), rows_per_shard))
+        if processes.mine(shard)
+    )
+    missing = sum(end - start for _, start, end in pending)
+    with progress(
+        name, total=wanted, initial=wanted - missing, unit="samples", quiet=quiet
+    ) as task:
+        for shard, start, end in pending:
+            rows = []
+            for begin in range(start, end, batch_size):
+                ids = first + np.arange(begin, min(begin + batch_size, end), dtype=np.int64)
+                rows.append(_drawn(generator, sampling, seed, ids, classes, processes, dtype))
+                task.advance(len(ids))
+            store.commit(shard, np.concatenate(rows))
+    return store
+
+
+def _check(generator: TrainedGenerator, count: int, classes: list[int]) -> None:
+    if count < 1:
+        raise ConfigError(f"the number of samples must be at least 1, got {count}")
+    known = len(generator.class_names)
+    for label in classes:
+        if not 0 <= label < known:
+            raise ConfigError(f"class {label}: the generator has the classes 0 to {known - 1}")
+    if not classes:
+        raise ConfigError("no classes to sample")
+
+
+def _resolved(precision: Precision, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+@torch.inference_mode()
+def _drawn(
+    generator: TrainedGenerator,
+    sampling: Sampling,
+    seed: int,
+    ids: np.ndarray,
+    classes: Sequence[int],
+    processes: Processes,
+    dtype: str,
+) -> np.ndarray:
+    """Normalised latents of some sample numbers, (b, N, C) fp32."""
+    device = processes.device
+    labels = torch.from_numpy(labels_of(ids, classes)).to(device)
+    noise = Noise(seed, ids, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        z = generator.model.sample(labels, sampling, noise)  # type: ignore[operator]
+    latents = z.float().cpu().numpy()
+    broken = ~(np.abs(latents) <= np.finfo(np.float16).max).all(axis=(1, 2))
+    if broken.any():
+        raise NonFiniteError(
+            f"sample number {int(ids[broken.argmax()])} and {int(broken.sum()) - 1} more of its "
+            f"batch are NaN, infinite or beyond fp16 at guidance scale "
+            f"{sampling.guidance_scale:g}; lower the scale, use --precision fp32, or train longer"
+        )
+    return latents

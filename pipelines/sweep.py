@@ -1,0 +1,388 @@
+"""The guidance sweep: which scale scores best, then final scores there and without guidance.
+
+All scales share seeds and labels, so their scores differ by less than their error bars suggest:
+differences are judged by paired errors. A grid gives every scale all samples. Halving gives all
+scales a quarter, drops those that are surely worse, doubles, drops again: under half the samples.
+The finals use other sample numbers than the search, so that the choice does not flatter them.
+
+Everything is resumable: samples and features by shard, scores are computed again from features.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from detok_pipe.evaluation.features import FeatureExtractor
+from detok_pipe.evaluation.frechet import paired_difference
+from detok_pipe.evaluation.reference import Reference
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents import atomic
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.progress import say
+from detok_pipe.pipelines.sample import (
+    ROWS_PER_SHARD,
+    Precision,
+    sample,
+    sampled_classes,
+    sampling_of,
+)
+from detok_pipe.pipelines.score import (
+    Scores,
+    append_record,
+    check_comparable,
+    metric_names,
+    real_features,
+    score,
+)
+from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
+
+Search = Literal["grid", "halving"]
+SWEEP = "sweep.json"
+SCORES = "scores.jsonl"
+
+MAR_SCALES = (3.0, 3.5, 3.7, 3.8, 3.9, 4.0, 4.1, 4.3, 4.5)
+FLOW_SCALES = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)
+"""The published grids."""
+
+UNGUIDED_TEMPERATURE = {"mar-b": 0.95, "mar-l": 0.97}
+"""Published temperatures of samples without guidance; 1 for all others."""
+
+SURELY = 2.0
+"""Paired standard errors by which a scale must be worse to be dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """What a sweep does.
+
+    Attributes:
+        scales: guidance scales to compare.
+        sampling: all other sampling options. unguided: those of the final score at scale 1.
+        count: samples a scale in the last rung (of a grid: the only one).
+        search: "grid" or "halving".
+        final_count: samples of each final score; 0: no finals.
+        seed: of all samples. precision: of the generator.
+        batch_size: of sampling, decoding and features.
+    """
+
+    scales: tuple[float, ...]
+    sampling: Sampling
+    unguided: Sampling
+    count: int = 10_000
+    search: Search = "grid"
+    final_count: int = 50_000
+    seed: int = 0
+    precision: Precision = "auto"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if len(set(self.scales)) != len(self.scales) or len(self.scales) < 2:
+            raise ConfigError(f"scales: at least two different ones are needed, got {self.scales}")
+        object.__setattr__(self, "scales", tuple(sorted(self.scales)))
+        for scale in self.scales:
+            dataclasses.replace(self.sampling, guidance_scale=scale)
+        if self.count < 4 or self.final_count < 0 or self.final_count == 1:
+            raise ConfigError(
+                f"a sweep needs at least 4 samples a scale and 0 or at least 2 final ones, got "
+                f"{self.count} and {self.final_count}"
+            )
+        if self.search not in ("grid", "halving"):
+            raise ConfigError(f"search {self.search!r}: choose grid or halving")
+        if self.search == "halving" and len(self.scales) < 4:
+            raise ConfigError(f"halving saves nothing with {len(self.scales)} scales: use a grid")
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Samples a scale, rung after rung."""
+        return (self.count // 4, self.count // 2, self.count) if self._halving else (self.count,)
+
+    @property
+    def rows_per_shard(self) -> int:
+        """A divisor of the first rung, so that rungs end at shards; at most the usual size."""
+        first = self.rungs[0]
+        return max(d for d in range(1, min(first, ROWS_PER_SHARD) + 1) if first % d == 0)
+
+    @property
+    def _halving(self) -> bool:
+        return self.search == "halving"
+
+
+def plan_for(
+    generator: TrainedGenerator,
+    *,
+    scales: Sequence[float] | None = None,
+    unguided_temperature: float | None = None,
+    sampling: Sampling | None = None,
+    **settings: Any,
+) -> SweepPlan:
+    """A plan with the published grid and sampling options of the generator's family.
+
+    Args:
+        settings: other fields of :class:`SweepPlan`.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+    name = generator.record["config"]["generator"]
+    sampling = sampling or sampling_of(generator)
+    if scales is None:
+        scales = (
+            MAR_SCALES if name.startswith(("mar-", "random-ar-", "raster-ar-")) else FLOW_SCALES
+        )
+    if unguided_temperature is None:
+        unguided_temperature = UNGUIDED_TEMPERATURE.get(name, 1.0)
+    unguided = dataclasses.replace(sampling, guidance_scale=1.0, temperature=unguided_temperature)
+    return SweepPlan(scales=tuple(scales), sampling=sampling, unguided=unguided, **settings)
+
+
+def search_path(out: Path, scale: float) -> Path:
+    """Where a sweep's search samples of a scale are."""
+    return out / "search" / f"cfg-{scale:g}"
+
+
+def final_path(out: Path, scale: float) -> Path:
+    """Where a sweep's final samples of a scale are."""
+    return out / "final" / f"cfg-{scale:g}"
+
+
+class _Work:
+    """The parts that a sweep works with; :func:`sweep` runs it."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        generator: TrainedGenerator,
+        tokenizer: TrainedTokenizer,
+        extractor: FeatureExtractor,
+        reference: Reference,
+        out: Path,
+        *,
+        processes: Processes,
+        quiet: bool,
+    ) -> None:
+        self.plan = plan
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.extractor = extractor
+        self.reference = reference
+        self.out = out
+        self.processes = processes
+        self.quiet = quiet
+        self.real = (
+            real_features(reference, extractor, batch_size=plan.batch_size)
+            if processes.is_main
+            else None
+        )
+
+    def score_at(self, scale: float, rung: int) -> tuple[Scores, dict[str, Any]]:
+        """Scores of the first ``rung`` search samples of a scale, drawn as far as missing."""
+        sampling = dataclasses.replace(self.plan.sampling, guidance_scale=scale)
+        return self._scored(
+            search_path(self.out, scale), sampling, total=self.plan.count, count=rung, first=0
+        )
+
+    def final_at(self, sampling: Sampling) -> tuple[Scores, dict[str, Any]]:
+        """Scores of the final samples, on sample numbers that the search did not use."""
+        classes = len(sampled_classes(self.generator))
+        # A multiple of the classes, so that the finals are balanced like the search.
+        first = -(-self.plan.count // classes) * classes
+        total = self.plan.final_count
+        path = final_path(self.out, sampling.guidance_scale)
+        return self._scored(path, sampling, total=total, count=total, first=first)
+
+    def _scored(
+        self, path: Path, sampling: Sampling, *, total: int, count: int, first: int
+    ) -> tuple[Scores, dict[str, Any]]:
+        plan, scale = self.plan, sampling.guidance_scale
+        store = sample(
+            self.generator,
+            path,
+            count=total,
+            stop=count,
+            sampling=sampling,
+            seed=plan.seed,
+            first=first,
+            batch_size=plan.batch_size,
+            rows_per_shard=min(plan.rows_per_shard, total),
+            precision=plan.precision,
+            processes=self.processes,
+            name=f"sample at {scale:g}",
+            quiet=self.quiet,
+        )
+        scores, record = score(
+            store,
+            self.tokenizer,
+            self.extractor,
+            self.reference,
+            count=count,
+            real=self.real,
+            expect_at=plan.count if count < total else None,
+            batch_size=plan.batch_size,
+            processes=self.processes,
+            name=f"score at {scale:g}",
+            quiet=self.quiet,
+        )
+        value = next(iter(scores.metrics.values()))
+        error = "" if value.error is None else f" ± {value.error:.3g}"
+        if self.processes.is_main:
+            say(
+                f"scale {scale:g}, {count:,} samples: {self.extractor.name} "
+                f"{value.value:.4g}{error}",
+                quiet=self.quiet,
+            )
+        return scores, record
+
+
+def sweep(
+    plan: SweepPlan,
+    generator: TrainedGenerator,
+    tokenizer: TrainedTokenizer,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    out: Path,
+    *,
+    processes: Processes | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a sweep, or what is missing of it, and write ``out/sweep.json``.
+
+    Returns:
+        What ``sweep.json`` holds: "rungs" (by rung: count and, by scale, metrics, difference to
+        the best with its paired error, whether it went on), "best" scale, "final" records,
+        "warnings", and every setting.
+
+    Raises:
+        ConfigError: halving's first rung has too few samples for an interval.
+        MismatchError: ``out`` holds another sweep's samples, or parts do not belong together.
+        NonFiniteError, CacheError, StorageError: see ``sample`` and ``score``.
+    """
+    processes = processes or Processes(device=next(generator.model.parameters()).device)
+    if plan.search == "halving" and plan.rungs[0] <= extractor.dimensions:
+        raise ConfigError(
+            f"halving compares {plan.rungs[0]} samples first, which must be more than the "
+            f"{extractor.dimensions} feature dimensions: use at least "
+            f"{4 * (extractor.dimensions + 1)} samples a scale, or a grid"
+        )
+    work = _Work(
+        plan, generator, tokenizer, extractor, reference, out, processes=processes, quiet=quiet
+    )
+    rungs, records, best = _search(work)
+    finals: list[dict[str, Any]] = []
+    if plan.final_count:
+        guided = dataclasses.replace(plan.sampling, guidance_scale=best)
+        # Where the best scale is 1 there is one final, and its temperature is the search's.
+        for sampling in (guided,) if best == 1 else (guided, plan.unguided):
+            finals.append(work.final_at(sampling)[1])
+    result = {
+        "version": 1,
+        "generator": generator.identity,
+        "run": str(generator.path),
+        "plan": json.loads(json.dumps(dataclasses.asdict(plan))),
+        "metrics": [dataclasses.asdict(m) for m in metric_names(extractor.name).values()],
+        "rungs": rungs,
+        "best": best,
+        "samples": _samples_drawn(plan, rungs),
+        "samples of a full grid": len(plan.scales) * plan.count,
+        "final": finals,
+        "warnings": _warnings(plan, best, records[-1]),
+        "settings": {k: v for k, v in records[-1]["settings"].items() if k != "samples"},
+        "reference": str(reference.path),
+        "tokenizer": str(tokenizer.path),
+    }
+    if processes.is_main:
+        atomic.write_json(out / SWEEP, result)
+        for record in [*records, *finals]:
+            append_record(out / SCORES, record)
+    processes.wait()
+    return result
+
+
+def _search(work: _Work) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
+    """The rungs as JSON values, the records of the last rung, and the best scale."""
+    plan = work.plan
+    alive = list(plan.scales)
+    rungs: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
+    best = alive[0]
+    for number, count in enumerate(plan.rungs):
+        scored = {scale: work.score_at(scale, count) for scale in alive}
+        scores = {scale: pair[0] for scale, pair in scored.items()}
+        records = [pair[1] for pair in scored.values()]
+        check_comparable(records)
+        best = _best(scores)
+        kept = alive if count == plan.count else keep(plan, number, scores)
+        rungs.append(
+            {
+                "count": count,
+                "points": [_point(scale, scores, best, scale in kept) for scale in alive],
+            }
+        )
+        alive = kept
+    return rungs, records, best
+
+
+def _best(scores: Mapping[float, Scores]) -> float:
+    return min(scores, key=lambda scale: scores[scale].expected)
+
+
+def keep(
+    plan: SweepPlan,
+    rung: int,
+    scores: Mapping[float, Scores],
+) -> list[float]:
+    """The scales that go on to the next rung.
+
+    Those that are not surely worse than the best, by paired errors, and of these at most so
+    many that the whole search takes under half of a grid's samples: 4/9, then 2/9 of the scales.
+    """
+    ranked = sorted(scores, key=lambda scale: scores[scale].expected)
+    best = scores[ranked[0]]
+    near = []
+    for scale in ranked:
+        _, error = paired_difference(scores[scale].frechet, best.frechet)
+        if error is None or scores[scale].expected - best.expected <= SURELY * error:
+            near.append(scale)
+    at_most = max(1, len(plan.scales) * (4 if rung == 0 else 2) // 9)
+    return sorted(near[:at_most])
+
+
+def _point(
+    scale: float,
+    scores: Mapping[float, Scores],
+    best: float,
+    kept: bool,
+) -> dict[str, Any]:
+    difference, error = paired_difference(scores[scale].frechet, scores[best].frechet)
+    return {
+        "scale": scale,
+        "metrics": {
+            name: dataclasses.asdict(measured) for name, measured in scores[scale].metrics.items()
+        },
+        "difference to best": {"value": difference, "error": error},
+        "expected": scores[scale].expected,
+        "kept": kept,
+        "notes": scores[scale].notes,
+    }
+
+
+def _samples_drawn(plan: SweepPlan, rungs: Sequence[Mapping[str, Any]]) -> int:
+    drawn, before = 0, 0
+    for rung in rungs:
+        drawn += len(rung["points"]) * (rung["count"] - before)
+        before = rung["count"]
+    return drawn
+
+
+def _warnings(plan: SweepPlan, best: float, record: Mapping[str, Any]) -> list[str]:
+    warnings = list(record["notes"])
+    if best in (plan.scales[0], plan.scales[-1]):
+        side = "lower" if best == plan.scales[0] else "higher"
+        warnings.append(
+            f"the best scale, {best:g}, is at the edge of the grid {plan.scales[0]:g} ... "
+            f"{plan.scales[-1]:g}: a {side} one may be better; sweep again with --scales"
+        )
+    return warnings

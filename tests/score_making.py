@@ -1,0 +1,102 @@
+"""Tiny trained networks for tests of sampling and scoring: 16 x 16 pixels, 4 x 4 tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detok_pipe.evaluation.frechet import feature_stats
+from detok_pipe.evaluation.reference import Reference, read_reference, write_reference
+from detok_pipe.generators.registry import build_generator
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
+from detok_pipe.tokenizer.model import LDeTok
+
+CLASSES = ["a", "b", "c"]
+QUICK = Sampling(guidance_scale=1.5, steps=3, method="euler")
+
+
+class TinyFeatures:
+    """Random filters instead of a network: 6 features, 4 logits."""
+
+    name = "FD-EffLite2@32"
+    dimensions = 6
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {"extractor": "tiny"}
+        self.images = 0
+        generator = torch.Generator().manual_seed(0)
+        self.filters = torch.randn(6, 3, 5, 5, generator=generator) / 8
+        self.head = torch.randn(6, 4, generator=generator)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        assert images.dtype == torch.uint8
+        self.images += len(images)
+        y = torch.nn.functional.conv2d(images.float() / 64, self.filters)
+        features = y.relu().mean((2, 3))
+        return {"features": features, "logits": features @ self.head}
+
+
+def tiny_generator(path: Path, *, seed: int = 0, **config: Any) -> TrainedGenerator:
+    torch.manual_seed(seed)
+    model = build_generator(
+        "sit-s", grid=(4, 4), channels=4, num_classes=3, width=32, depth=1, heads=2
+    )
+    for parameter in model.parameters():  # the output layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.15)
+    return TrainedGenerator(
+        model=model.eval().requires_grad_(False),
+        stats=LatentStats(np.array([0.1, 0.2, 0.3, 0.4]), np.array([1.0, 2.0, 1.0, 0.5])),
+        grid=(4, 4),
+        class_names=CLASSES,
+        identity={
+            "generator": "sit-s",
+            "weights": f"seed {seed}",
+            "ema": True,
+            "step": 10,
+            "cache": "cache",
+            "tokenizer": "encoder",
+        },
+        record={"config": {"generator": "sit-s", "model": {}, **config}},
+        path=path,
+    )
+
+
+def tiny_tokenizer(*, fingerprint: str = "encoder", decoder: str = "decoder") -> TrainedTokenizer:
+    torch.manual_seed(1)
+    size = (32, 1, 2)
+    model = LDeTok(image_size=16, patch_size=4, channels=4, encoder=size, decoder=size)
+    for parameter in model.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return TrainedTokenizer(
+        model=model.eval().requires_grad_(False),
+        image_size=16,
+        identity={"fingerprint": fingerprint},
+        decoder=decoder,
+        path=Path("runs/tok"),
+        step=5,
+    )
+
+
+def tiny_reference(path: Path, *, size: int = 16, name: str = TinyFeatures.name) -> Reference:
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (60, 3, size, size), dtype=np.uint8))
+    features = TinyFeatures()(images)["features"].numpy()
+    write_reference(
+        path,
+        feature_stats(features),
+        extractor=name,
+        settings={},
+        image_size=size,
+        source={"count": 60},
+        features=features,
+    )
+    return read_reference(path)
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,103 @@
+"""Sample stores: the same samples whatever the processes, batches and interruptions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from score_making import QUICK, tiny_generator
+
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.latents.errors import ConfigError, MismatchError, NonFiniteError
+from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
+
+
+class _Rank(Processes):
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, world
+
+
+def test_same_samples_from_any_number_of_processes(tmp_path: Path) -> None:
+    generator = tiny_generator(tmp_path)
+    settings = {"count": 22, "sampling": QUICK, "rows_per_shard": 5, "batch_size": 3, "quiet": True}
+    whole = sample(generator, tmp_path / "one", **settings)
+    for rank in (2, 0, 1):
+        parts = sample(generator, tmp_path / "three", processes=_Rank(rank, 3), **settings)
+    assert whole.complete
+    assert parts.complete
+    np.testing.assert_array_equal(whole.read(0, 22), parts.read(0, 22))
+
+
+def test_interrupted_sampling_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    generator = tiny_generator(tmp_path)
+    settings = {"count": 20, "sampling": QUICK, "rows_per_shard": 4, "quiet": True}
+    whole = sample(generator, tmp_path / "whole", **settings)
+    first = sample(generator, tmp_path / "again", stop=8, **settings)
+    assert first.missing() == [2, 3, 4]
+    (tmp_path / "again" / "00001.safetensors").unlink()
+    again = sample(generator, tmp_path / "again", **settings)
+    np.testing.assert_array_equal(whole.read(0, 20), again.read(0, 20))
+
+
+def test_samples_follow_from_their_numbers(tmp_path: Path) -> None:
+    """Neither the batch size nor where a store begins changes a sample."""
+    generator = tiny_generator(tmp_path)
+    settings = {"sampling": QUICK, "quiet": True}
+    whole = sample(generator, tmp_path / "a", count=12, batch_size=12, **settings).read(0, 12)
+    later = sample(generator, tmp_path / "b", count=6, first=6, batch_size=2, **settings)
+    np.testing.assert_allclose(whole[6:], later.read(0, 6), atol=2e-3)
+    assert np.abs(whole[:6].astype(float) - whole[6:]).mean() > 0.1
+    other = sample(generator, tmp_path / "c", count=12, seed=1, **settings).read(0, 12)
+    assert np.abs(whole.astype(float) - other).mean() > 0.1
+
+
+def test_scales_share_noise(tmp_path: Path) -> None:
+    generator = tiny_generator(tmp_path)
+    rows = [
+        sample(
+            generator,
+            tmp_path / f"{scale}",
+            count=6,
+            sampling=sampling_of(generator, guidance_scale=scale, steps=3, method="euler"),
+            quiet=True,
+        )
+        .read(0, 6)
+        .astype(float)
+        for scale in (1.0, 1.05)
+    ]
+    between = np.abs(rows[0] - rows[1]).mean()
+    assert 0 < between < 0.05 * np.abs(rows[0] - rows[0][::-1]).mean()
+
+
+def test_other_settings_are_another_store(tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    settings = {"count": 4, "sampling": QUICK, "quiet": True}
+    sample(tiny_generator(tmp_path), out, **settings)
+    with pytest.raises(MismatchError, match="weights"):
+        sample(tiny_generator(tmp_path, seed=9), out, **settings)
+    with pytest.raises(MismatchError, match="guidance_scale"):
+        sample(tiny_generator(tmp_path), out, count=4, sampling=Sampling(), quiet=True)
+    with pytest.raises(MismatchError, match="seed"):
+        sample(tiny_generator(tmp_path), out, seed=3, **settings)
+
+
+def test_labels_are_balanced_and_those_trained_on(tmp_path: Path) -> None:
+    assert labels_of(np.arange(7), [4, 2, 9]).tolist() == [4, 2, 9, 4, 2, 9, 4]
+    assert sampled_classes(tiny_generator(tmp_path)) == [0, 1, 2]
+    assert sampled_classes(tiny_generator(tmp_path, classes=["c", "a"])) == [2, 0]
+
+
+def test_broken_samples_and_bad_requests(tmp_path: Path) -> None:
+    generator = tiny_generator(tmp_path)
+    with pytest.raises(ConfigError, match="at least 1"):
+        sample(generator, tmp_path / "x", count=0, sampling=QUICK)
+    with pytest.raises(ConfigError, match="class 3"):
+        sample(generator, tmp_path / "x", count=2, sampling=QUICK, classes=[3])
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        sampling_of(generator, guidance_scale=-1.0)
+    for parameter in generator.model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(NonFiniteError, match="sample number 0 and 1 more"):
+        sample(generator, tmp_path / "nan", count=2, sampling=QUICK, quiet=True)

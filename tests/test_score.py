@@ -1,0 +1,144 @@
+"""Streaming scores: equal to a score of all images at once, resumable, with every setting."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from score_making import QUICK, TinyFeatures, tiny_generator, tiny_reference, tiny_tokenizer
+
+from detok_pipe.evaluation.frechet import FrechetReference, feature_stats
+from detok_pipe.evaluation.kernel_distance import kernel_distance
+from detok_pipe.latents.errors import (
+    CacheError,
+    InputError,
+    MismatchError,
+    NonFiniteError,
+)
+from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.pipelines.sample import sample
+from detok_pipe.pipelines.score import (
+    append_record,
+    check_comparable,
+    metric_names,
+    read_records,
+    score,
+)
+from detok_pipe.pipelines.stored_features import StoredFeatures, decode_latents
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    generator = tiny_generator(tmp_path)
+    return sample(
+        generator, tmp_path / "samples", count=40, sampling=QUICK, rows_per_shard=8, quiet=True
+    )
+
+
+def test_stream_equals_all_at_once(store: SampleStore, tmp_path: Path) -> None:
+    tokenizer, reference = tiny_tokenizer(), tiny_reference(tmp_path / "ref.npz")
+    scores, record = score(store, tokenizer, TinyFeatures(), reference, batch_size=3, quiet=True)
+    z = torch.from_numpy(store.read(0, 40).astype(np.float32))
+    pixels = tokenizer.model.decode(store.stats.denormalize(z)) * 127.5 + 127.5
+    images = pixels.clamp(0, 255).round().to(torch.uint8)
+    assert images.float().std() > 5
+    features = TinyFeatures()(images)["features"].numpy()
+    expected = FrechetReference(feature_stats(reference.features)).score(features)
+    fd = scores.metrics["FD-EffLite2@32"]
+    assert fd.value == pytest.approx(expected.value, rel=1e-5)
+    assert fd.error == pytest.approx(expected.standard_error, rel=1e-5)
+    kernel = kernel_distance(features, reference.features)
+    assert scores.metrics["KD-EffLite2@32"].value == pytest.approx(kernel.value, rel=1e-4)
+    assert set(scores.metrics) == {m.name for m in metric_names("FD-EffLite2@32").values()}
+    assert record["settings"]["samples"]["seed"] == 0
+    assert record["settings"]["count"] == 40
+    assert record["settings"]["pixels"] == "rounded to uint8"
+
+
+def test_features_are_computed_once(store: SampleStore, tmp_path: Path) -> None:
+    tokenizer, reference = tiny_tokenizer(), tiny_reference(tmp_path / "ref.npz")
+    extractor = TinyFeatures()
+    part, _ = score(store, tokenizer, extractor, reference, count=16, quiet=True)
+    assert extractor.images == 16
+    whole, _ = score(store, tokenizer, extractor, reference, quiet=True)
+    assert extractor.images == 40
+    assert part.frechet.count == 16
+    again, _ = score(store, tokenizer, extractor, reference, count=16, quiet=True)
+    assert extractor.images == 40
+    assert again.metrics == part.metrics
+    assert whole.metrics != part.metrics
+    tuned = tiny_tokenizer(decoder="another")
+    score(store, tuned, extractor, reference, quiet=True)
+    assert extractor.images == 80
+
+
+def test_damaged_features_are_named(store: SampleStore, tmp_path: Path) -> None:
+    tokenizer, extractor = tiny_tokenizer(), TinyFeatures()
+    stored = StoredFeatures(store, tokenizer, extractor)
+    stored.compute(quiet=True)
+    file = stored.path / "shard-00002.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CacheError, match=r"shard-00002\.npz is missing or damaged"):
+        stored.read()
+
+
+def test_few_samples_are_noted(store: SampleStore, tmp_path: Path) -> None:
+    reference = tiny_reference(tmp_path / "ref.npz")
+    _, record = score(store, tiny_tokenizer(), TinyFeatures(), reference, count=6, quiet=True)
+    assert record["metrics"]["FD-EffLite2@32"]["error"] is None
+    assert "6 samples are not more than the 6 feature dimensions" in record["notes"][0]
+
+
+def test_what_does_not_belong_together(store: SampleStore, tmp_path: Path) -> None:
+    reference, extractor = tiny_reference(tmp_path / "ref.npz"), TinyFeatures()
+    with pytest.raises(MismatchError, match="fingerprint is 'other'"):
+        score(store, tiny_tokenizer(fingerprint="other"), extractor, reference, quiet=True)
+    other = tiny_reference(tmp_path / "32.npz", size=32)
+    with pytest.raises(MismatchError, match="32 pixels a side"):
+        score(store, tiny_tokenizer(), extractor, other, quiet=True)
+    other = tiny_reference(tmp_path / "fid.npz", name="FID")
+    with pytest.raises(MismatchError, match="was made for FID"):
+        score(store, tiny_tokenizer(), extractor, other, quiet=True)
+    with pytest.raises(InputError, match="has 40 samples; 41"):
+        score(store, tiny_tokenizer(), extractor, reference, count=41, quiet=True)
+    assert extractor.images == 0
+
+
+def test_missing_shards_and_nan_are_named(
+    store: SampleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = tiny_reference(tmp_path / "ref.npz")
+    rows = store.read(0, 40)
+    rows[13] = np.nan
+    monkeypatch.setattr(SampleStore, "read", lambda self, start, stop: rows[start:stop])
+    with pytest.raises(NonFiniteError, match="row 13 holds NaN"):
+        score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
+    monkeypatch.undo()
+    (store.path / "00004.safetensors").unlink()
+    with pytest.raises(CacheError, match="1 of 5 shards"):
+        score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
+
+
+def test_only_the_scale_may_differ_in_a_curve(store: SampleStore, tmp_path: Path) -> None:
+    reference = tiny_reference(tmp_path / "ref.npz")
+    _, record = score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
+    path = tmp_path / "scores.jsonl"
+    append_record(path, record)
+    append_record(path, record)
+    with path.open("a") as file:
+        file.write('{"cut sho')
+    one, two = read_records(path)
+    two["settings"]["samples"]["sampling"]["guidance_scale"] = 9.0
+    check_comparable([one, two])
+    two["settings"]["samples"]["sampling"]["temperature"] = 0.5
+    with pytest.raises(MismatchError, match=r"samples.sampling.temperature is 1\.0 in one and 0"):
+        check_comparable([one, two])
+
+
+def test_decoding_rounds_and_clamps() -> None:
+    tokenizer = tiny_tokenizer()
+    generator = tiny_generator(Path())
+    z = 20 * np.random.default_rng(0).standard_normal((2, 16, 4)).astype(np.float16)
+    images = decode_latents(tokenizer, generator.stats, z)
+    assert images.dtype == torch.uint8
+    assert images.shape == (2, 3, 16, 16)

@@ -1,0 +1,202 @@
+"""The sweep: same answer as scoring by hand, halving at half the cost, resumable."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from score_making import (
+    QUICK,
+    TinyFeatures,
+    json_of,
+    tiny_generator,
+    tiny_reference,
+    tiny_tokenizer,
+)
+
+from detok_pipe.evaluation.frechet import FeatureStats, FrechetReference, paired_difference
+from detok_pipe.latents.errors import ConfigError, MismatchError
+from detok_pipe.latents.sample_store import open_sample_store
+from detok_pipe.pipelines import sweep_output
+from detok_pipe.pipelines.score import Scores, read_records
+from detok_pipe.pipelines.sweep import (
+    FLOW_SCALES,
+    MAR_SCALES,
+    SweepPlan,
+    final_path,
+    keep,
+    plan_for,
+    search_path,
+    sweep,
+)
+
+SCALES = (0.5, 1.0, 2.0, 4.0)
+
+
+def _run(tmp_path: Path, extractor: TinyFeatures | None = None, **settings: object) -> dict:
+    generator = tiny_generator(tmp_path / "run")
+    plan = plan_for(
+        generator,
+        **{"scales": SCALES, "sampling": QUICK, "count": 24, "final_count": 9, **settings},
+    )
+    return sweep(
+        plan,
+        generator,
+        tiny_tokenizer(),
+        extractor or TinyFeatures(),
+        tiny_reference(tmp_path / "ref.npz"),
+        tmp_path / "sweep",
+        quiet=True,
+    )
+
+
+def test_grid_finds_the_lowest_and_scores_on_other_samples(tmp_path: Path) -> None:
+    result = _run(tmp_path)
+    assert json_of(tmp_path / "sweep" / "sweep.json") == result
+    (rung,) = result["rungs"]
+    values = {p["scale"]: p["metrics"]["FD-EffLite2@32"]["value"] for p in rung["points"]}
+    assert list(values) == list(SCALES)
+    assert result["best"] == min(values, key=values.__getitem__)
+    best = next(p for p in rung["points"] if p["scale"] == result["best"])
+    assert best["difference to best"] == {"value": 0.0, "error": 0.0}
+    assert all(p["difference to best"]["value"] >= 0 for p in rung["points"])
+    scales = [r["settings"]["samples"]["sampling"]["guidance_scale"] for r in result["final"]]
+    assert scales == [result["best"], 1.0]
+    assert {r["settings"]["samples"]["first"] for r in result["final"]} == {24}
+    assert {r["settings"]["count"] for r in result["final"]} == {9}
+    assert len(read_records(tmp_path / "sweep" / "scores.jsonl")) == 6
+    search = open_sample_store(search_path(tmp_path / "sweep", 1.0)).read(0, 9)
+    final = open_sample_store(final_path(tmp_path / "sweep", 1.0)).read(0, 9)
+    assert (search != final).all(axis=(1, 2)).all()
+
+
+def test_again_does_nothing_and_more_scales_only_theirs(tmp_path: Path) -> None:
+    first = TinyFeatures()
+    result = _run(tmp_path, first)
+    finals = 9 * len(result["final"])
+    assert first.images == 24 * 4 + finals
+    again = TinyFeatures()
+    repeated = _run(tmp_path, again)
+    assert again.images == 0
+    assert repeated["rungs"] == result["rungs"]
+    wider = TinyFeatures()
+    _run(tmp_path, wider, scales=(*SCALES, 3.0), final_count=0)
+    assert wider.images == 24
+    with pytest.raises(MismatchError, match="seed"):
+        _run(tmp_path, seed=1)
+
+
+def test_edge_of_grid_is_warned_about(tmp_path: Path) -> None:
+    result = _run(tmp_path, scales=(3.0, 4.0), final_count=0)
+    assert "is at the edge of the grid 3 ... 4: a" in result["warnings"][-1]
+    assert result["final"] == []
+
+
+def test_halving_takes_under_half(tmp_path: Path) -> None:
+    extractor = TinyFeatures()
+    scales = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
+    result = _run(tmp_path, extractor, scales=scales, count=40, search="halving", final_count=0)
+    assert [rung["count"] for rung in result["rungs"]] == [10, 20, 40]
+    alive = [[p["scale"] for p in rung["points"]] for rung in result["rungs"]]
+    assert set(alive[2]) <= set(alive[1]) < set(alive[0]) == set(scales)
+    for rung, following in zip(result["rungs"], alive[1:], strict=False):
+        assert [p["scale"] for p in rung["points"] if p["kept"]] == following
+    assert extractor.images == result["samples"] < result["samples of a full grid"] / 2
+    assert result["best"] in alive[2]
+
+
+def test_pictures_and_tables(tmp_path: Path) -> None:
+    result = _run(tmp_path)
+    table = sweep_output.sweep_table(result)
+    assert table.count("final") == len(result["final"])
+    assert "best" in table.splitlines()[1 + SCALES.index(result["best"])]
+    assert sweep_output.write_plot(result, tmp_path).read_bytes().startswith(b"\x89PNG")
+    stores = [(s, open_sample_store(search_path(tmp_path / "sweep", s))) for s in SCALES]
+    rows = sweep_output.scale_grid(stores, tiny_tokenizer(), columns=5)
+    assert [row.label for row in rows] == ["scale 0.5", "scale 1", "scale 2", "scale 4"]
+    assert [len(row.cells) for row in rows] == [5] * 4
+    sweep_output.write_grid(rows, tmp_path)
+    assert "FD-EffLite2@32" in sweep_output.score_table(result["final"][0])
+
+
+def test_published_grids_and_temperatures(tmp_path: Path) -> None:
+    flow = plan_for(tiny_generator(tmp_path))
+    assert flow.scales == FLOW_SCALES
+    assert (flow.count, flow.final_count) == (10_000, 50_000)
+    generator = tiny_generator(tmp_path)
+    generator.record["config"]["generator"] = "mar-b"
+    mar = plan_for(generator)
+    assert mar.scales == MAR_SCALES
+    assert mar.unguided.temperature == 0.95
+    assert mar.unguided.guidance_scale == 1.0
+    assert mar.sampling.temperature == 1.0
+
+
+def test_bad_plans_are_named(tmp_path: Path) -> None:
+    generator = tiny_generator(tmp_path)
+    with pytest.raises(ConfigError, match="at least two different"):
+        plan_for(generator, scales=[1.5, 1.5])
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        plan_for(generator, scales=[-1.0, 2.0])
+    with pytest.raises(ConfigError, match="choose grid or halving"):
+        plan_for(generator, search="golden")
+    with pytest.raises(ConfigError, match="use a grid"):
+        plan_for(generator, scales=[1, 2, 3], search="halving")
+    with pytest.raises(ConfigError, match="6 feature dimensions: use at least 28"):
+        _run(tmp_path, search="halving", count=24)
+
+
+def _synthetic_pool(
+    rng: np.random.Generator, dimensions: int, rows: int
+) -> dict[float, np.ndarray]:
+    """As guidance does, a higher scale lessens noise and variety and shifts the mean."""
+    spectrum = np.sqrt(np.arange(1, dimensions + 1) ** -0.8)
+    shared, own = rng.standard_normal((2, rows, dimensions))
+    return {
+        scale: spectrum * (shared * (1.22 - 0.055 * scale) + own * 1.4 / scale + 0.006 * scale**2)
+        for scale in MAR_SCALES
+    }
+
+
+def test_halving_agrees_with_the_grid(record_property: object) -> None:
+    """At least 18 of 20 repetitions from one pool: the grid's scale, or within the paired error."""
+    rng = np.random.default_rng(0)
+    dimensions, count, pool_rows = 48, 240, 6000
+    pool = _synthetic_pool(rng, dimensions, pool_rows)
+    spectrum = np.arange(1, dimensions + 1) ** -0.8
+    reference = FrechetReference(FeatureStats(np.zeros(dimensions), np.diag(spectrum), None))
+    plan = SweepPlan(
+        scales=MAR_SCALES, sampling=QUICK, unguided=QUICK, count=count, search="halving"
+    )
+    agreed, same, used, best = 0, 0, [], []
+    for _ in range(20):
+        rows = rng.choice(pool_rows, count, replace=False)
+        features = {scale: pool[scale][rows] for scale in MAR_SCALES}
+
+        def scored(scale: float, rung: int, features: dict = features) -> Scores:
+            some = features[scale][:rung]
+            found = reference.score(some)
+            expected = found.value if rung == count else reference.predicted(some, found, count)
+            return Scores({}, found, expected, [], {})
+
+        full = {scale: scored(scale, count) for scale in MAR_SCALES}
+        chosen = min(full, key=lambda scale: full[scale].expected)
+        alive, drawn, before = list(MAR_SCALES), 0, 0
+        for number, rung in enumerate(plan.rungs):
+            drawn, before = drawn + len(alive) * (rung - before), rung
+            scores = {scale: scored(scale, rung) for scale in alive}
+            if rung < count:
+                alive = keep(plan, number, scores)
+        found = min(scores, key=lambda scale: scores[scale].expected)
+        difference, error = paired_difference(full[found].frechet, full[chosen].frechet)
+        assert error is not None
+        agreed += difference <= error
+        same += found == chosen
+        used.append(drawn / (count * len(MAR_SCALES)))
+        best.append(chosen)
+    print(
+        f"within the paired error {agreed} of 20, same {same}, samples used {np.mean(used):.2f}, at most {max(used):.2f}"
+    )
+    print(f"chosen by the grid: {sorted(best)}")
+    assert 3.0 < np.median(best) < 4.5
+    assert agreed >= 18
+    assert max(used) < 0.5
