@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -213,25 +213,55 @@ def info(cache: Path, as_json: bool) -> None:
 @click.command("verify")
 @click.argument("cache", type=FOLDER)
 @click.option("--hashes/--no-hashes", default=True, help="Read and hash every file.")
+@click.option("--repair", is_flag=True, help="Mend it; needs --tokenizer and --data.")
+@tokenizer_option(required=False)
+@click.option("--data", type=PATH, help="The images that the cache was made from.")
+@click.option("--data-root", type=FOLDER, help="Where relative paths of a list file start.")
+@_max_pixels_option
+@device_option
 @quiet_option
 @click.pass_context
-def verify(context: click.Context, cache: Path, hashes: bool, quiet: bool) -> None:
-    """Check each shard of a latent cache; exits with 2 if something is wrong.
+def verify(
+    context: click.Context,
+    cache: Path,
+    hashes: bool,
+    repair: bool,
+    tokenizer: Path | None,
+    data: Path | None,
+    data_root: Path | None,
+    max_pixels: int,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Check each shard of a latent cache, or mend it; exits with 2 if something is wrong.
 
     \b
     Example:
       detok-pipe verify cache
+      detok-pipe verify cache --repair --tokenizer runs/tok --data imagenet/train
     """
     from detok_pipe.latents.verify import verify as check
 
-    problems = check(cache, hashes=hashes)
+    if repair and (tokenizer is None or data is None):
+        raise click.UsageError("--repair needs --tokenizer and --data, to encode again")
+    if tokenizer is not None and data is not None and repair:
+        from detok_pipe.pipelines.images import open_images
+        from detok_pipe.pipelines.repair_cache import repair_cache
+        from detok_pipe.pipelines.trained import load_tokenizer
+
+        target = _device(device)
+        source = open_images(data, root=data_root, max_pixels=max_pixels)
+        trained = load_tokenizer(tokenizer, device=target)
+        problems = repair_cache(cache, trained, source, device=target, quiet=quiet)
+    else:
+        problems = check(cache, hashes=hashes)
     for problem in problems:
         click.echo(str(problem))
     if problems:
         click.echo(f"{cache}: {len(problems)} problems", err=True)
         context.exit(2)
     if not quiet:
-        click.echo(f"{cache}: every file is as it was written")
+        click.echo(f"{cache}: every file is as it should be")
 
 
 @click.command("convert")
@@ -241,7 +271,7 @@ def verify(context: click.Context, cache: Path, hashes: bool, quiet: bool) -> No
     "--format", type=click.Choice(["webdataset", "zarr"]), required=True, help="Of the new store."
 )
 @quiet_option
-def convert(cache: Path, out: Path, format: str, quiet: bool) -> None:
+def convert(cache: Path, out: Path, format: Literal["webdataset", "zarr"], quiet: bool) -> None:
     """Convert a latent cache between WebDataset and Zarr, bit by bit the same rows.
 
     \b

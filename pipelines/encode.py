@@ -9,7 +9,7 @@ shards and keep their size where an image is unreadable, so any number of proces
 number of restarts write the same bits.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -69,6 +69,11 @@ class Encoded:
     manifest: Manifest | None
 
 
+def preprocessing(size: int) -> dict[str, Any]:
+    """What is done to an image before the encoder, as a cache records it."""
+    return {"crop": "adm-center", "size": size}
+
+
 def make_plan(
     tokenizer: Encoder,
     source: ImageSource,
@@ -109,7 +114,7 @@ def make_plan(
         grid=tuple(tokenizer.model.grid),
         channels=tokenizer.model.channels,
         encoder=tokenizer.identity,
-        preprocessing={"crop": "adm-center", "size": tokenizer.image_size},
+        preprocessing=preprocessing(tokenizer.image_size),
         sources=source.identity,
         class_names=tuple(source.class_names),
         views=VIEWS if mirror else VIEWS[:1],
@@ -159,21 +164,18 @@ def encode(
     """
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} of {world} processes: it must be 0 ... {world - 1}")
-    threads = plan.settings.get("threads")
-    if threads and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
     names = [source.name(i) for i in range(len(source))] if rank == 0 else None
     writer = CacheWriter.open(out, plan, paths=names)
     images = quarantined = 0
     if not writer.finished:
-        images, quarantined = _encode_shards(
+        images, quarantined = encode_shards(
             tokenizer,
             source,
             writer,
-            list(range(rank, plan.shards, world)),
-            device=torch.device(device),
+            range(rank, plan.shards, world),
+            device=device,
             strict=strict,
-            decode_threads=decode_threads or default_threads(),
+            decode_threads=decode_threads,
             quiet=quiet,
         )
     if not writer.is_complete():
@@ -189,26 +191,36 @@ def finish(writer: CacheWriter, *, quiet: bool = False) -> Manifest:
         return writer.finalize(lambda shard: task.advance())
 
 
-def _encode_shards(
+def encode_shards(
     tokenizer: Encoder,
     source: ImageSource,
     writer: CacheWriter,
-    mine: list[int],
+    mine: Sequence[int],
     *,
-    device: torch.device,
-    strict: bool,
-    decode_threads: int,
-    quiet: bool,
+    device: torch.device | str = "cpu",
+    strict: bool = False,
+    decode_threads: int | None = None,
+    quiet: bool = False,
 ) -> tuple[int, int]:
-    """Encode the missing ones of the shards ``mine``: numbers of images and of unreadable ones."""
+    """Encode and commit those of the shards ``mine`` that are missing, with the compute threads
+    of the plan.
+
+    Returns:
+        Numbers of images and, of these, of unreadable ones.
+    """
+    threads = writer.plan.settings.get("threads")
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     missing = set(writer.missing())
     shards = [(shard, writer.rows(shard)) for shard in mine if shard in missing]
     images = sum(len(rows) for _, rows in shards)
     total = sum(len(writer.rows(shard)) for shard in mine)
     size = writer.plan.batch_size
     batches = (rows[i : i + size] for _, rows in shards for i in range(0, len(rows), size))
-    decoder = BatchDecoder(source, tokenizer.image_size, threads=decode_threads)
-    network = _Network(tokenizer.model, writer.plan, device)
+    decoder = BatchDecoder(
+        source, tokenizer.image_size, threads=decode_threads or default_threads()
+    )
+    network = _Network(tokenizer.model, writer.plan, torch.device(device))
     quarantined = 0
     with (
         closing(decoder.batches(batches)) as decoded,

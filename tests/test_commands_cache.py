@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from detok_pipe.latents.cache import open_cache
+from detok_pipe.pipelines import commands_cache
 from detok_pipe.pipelines.cli import main
 from detok_pipe.pipelines.config import TokenizerConfig, to_json
+from detok_pipe.pipelines.decode import MAX_PIXELS
 from detok_pipe.pipelines.run_directory import open_run
 from detok_pipe.pipelines.trained import build_tokenizer
 
@@ -59,9 +61,9 @@ def test_encode_info_verify_convert(tokenizer, images, tmp_path, capsys):
     assert encode(tokenizer, images, cache) == 0
     assert "22 images, fingerprint" in capsys.readouterr().out
     assert run("info", cache, "--json") == 0
-    assert json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["rows"] == COUNT
     assert run("info", cache) == 0
-    assert "class0" in capsys.readouterr().out
+    assert "classes" in capsys.readouterr().out
     assert run("verify", cache) == 0
     assert run("convert", cache, "--format", "zarr", "--out", tmp_path / "zarr") == 0
     one, other = open_cache(cache), open_cache(tmp_path / "zarr")
@@ -83,9 +85,12 @@ def test_processes_by_environment_then_finalize(tokenizer, images, tmp_path, mon
 def test_unfinished_caches_say_how_to_go_on(tokenizer, images, tmp_path, capsys):
     cache = tmp_path / "cache"
     assert encode(tokenizer, images, cache, "--rank", 0, "--world", 2) == 0
-    for command in (("finalize", cache), ("info", cache)):
+    for command in (("finalize", cache), ("verify", cache)):
         assert run(*command) == 2
         assert "run the same encode command again" in capsys.readouterr().err
+    assert run("info", cache, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["finished"], facts["missing"]) == (False, 1)
 
 
 def test_quarantine_has_its_own_exit_code(tokenizer, images, tmp_path, capsys):
@@ -97,16 +102,25 @@ def test_quarantine_has_its_own_exit_code(tokenizer, images, tmp_path, capsys):
     assert "bad.png" in capsys.readouterr().err
 
 
-def test_damage_is_found(tokenizer, images, tmp_path, capsys):
+def test_damage_is_found_and_mended(tokenizer, images, tmp_path, capsys):
     cache = tmp_path / "cache"
     encode(tokenizer, images, cache)
     tar = next(cache.glob("image/*.tar"))
-    data = bytearray(tar.read_bytes())
-    data[len(data) // 2] ^= 1
-    tar.write_bytes(data)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
     capsys.readouterr()
     assert run("verify", cache) == 2
     assert tar.name in capsys.readouterr().out
+    assert run("verify", cache, "--repair") == 2
+    assert "--repair needs --tokenizer and --data" in capsys.readouterr().err
+    mend = ("verify", cache, "--repair", "--tokenizer", tokenizer, "--quiet", "--data")
+    (images / "class0" / "more.png").write_bytes(b"")
+    assert run(*mend, images) == 2
+    assert "another sources" in capsys.readouterr().err
+    (images / "class0" / "more.png").unlink()
+    assert run(*mend, images) == 0
+    assert tar.read_bytes() == whole
+    assert run("verify", cache) == 0
 
 
 @pytest.mark.parametrize(
@@ -143,8 +157,13 @@ def test_plan(capsys):
         estimate._TRIAL_SECONDS = seconds
         del presets.TOKENIZER_PRESETS["small-for-test"]
     printed = capsys.readouterr().out
-    assert "(64,000 bytes)" in printed  # 1000 rows x 4 tokens x 4 channels x 2 views x mean, std
+    assert "(128,000 bytes)" in printed  # 1000 rows of 4 x 4 fp16, 2 views, mean and std
     assert "hours" in printed
+
+
+def test_the_limit_of_pixels_is_that_of_decoding():
+    (option,) = [o for o in commands_cache.encode.params if o.name == "max_pixels"]
+    assert option.default == MAX_PIXELS
 
 
 def test_modules_of_the_command_line_are_light():
