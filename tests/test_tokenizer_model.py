@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.noise import Noise, ReplayNoise
 from detok_pipe.latents.posterior import Posterior
 from detok_pipe.tokenizer.corruption import gather_tokens
@@ -274,3 +274,13 @@ def test_sizes() -> None:
 def test_sizes_that_do_not_fit_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
+
+
+def test_inputs_of_another_shape_are_refused() -> None:
+    model = tiny(image_size=(16, 48))
+    turned = torch.rand(1, 3, 48, 16)
+    for call in (model.encode_moments, lambda x: model(x, noise(1))):
+        with pytest.raises(MismatchError, match=r"\(3, 48, 16\).*\(3, 16, 48\)"):
+            call(turned)
+    with pytest.raises(MismatchError, match=r"latents of shape \(11, 3\).*\(12, 3\)"):
+        model.decode(torch.zeros(1, 11, 3))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.posterior import Posterior
 from detok_pipe.tokenizer.corruption import (
@@ -149,11 +149,21 @@ class LDeTok(nn.Module):
         self.apply(_initialise)
 
     def encode_moments(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> (B, N, 2C): means, then log variances."""
+        """images (B, 3, H, W) in [-1, 1] -> (B, N, 2C): means, then log variances.
+
+        Raises:
+            MismatchError: images of another size.
+        """
+        self._check("images", images, (3, *self.image_size))
         return self.encoder(images)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, N, C), not normalised -> images (B, 3, H, W) in about [-1, 1], not clamped."""
+        """z (B, N, C), not normalised -> images (B, 3, H, W) in about [-1, 1], not clamped.
+
+        Raises:
+            MismatchError: latents of another shape.
+        """
+        self._check("latents", z, (self.tokens, self.channels))
         return self.decoder(z)
 
     def forward(
@@ -209,6 +219,7 @@ class LDeTok(nn.Module):
             hidden: share of the tokens to hide, in [0, 1).
             sample_posterior: decode a sample of the posterior rather than its mean.
         """
+        self._check("images", images, (3, *self.image_size))
         visible = visible_tokens(self.tokens, hidden)
         keep = restore = None
         if visible < self.tokens:
@@ -222,6 +233,15 @@ class LDeTok(nn.Module):
         if gamma:
             z = add_noise(z, noise.normal("latent_noise", shape), tau, gamma, noise_kind)
         return TokenizerOutput(self.decoder(z, restore), posterior, visible)
+
+    @staticmethod
+    def _check(what: str, given: Tensor, shape: tuple[int, ...]) -> None:
+        # Too few latents would pass for hidden ones, and a turned image for another grid.
+        if given.shape[1:] != shape:
+            raise MismatchError(
+                f"{what} of shape {tuple(given.shape[1:])} do not fit this tokenizer, which "
+                f"takes {shape}"
+            )
 
 
 def _initialise(module: nn.Module) -> None:
