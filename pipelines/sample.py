@@ -41,10 +41,10 @@ def sampling_of(generator: TrainedGenerator, **changes: Any) -> Sampling:
 
 
 def sampled_classes(generator: TrainedGenerator) -> list[int]:
-    """The labels that the generator was trained on."""
+    """The labels that the generator was trained on; [-1], no label, where there were none."""
     trained = generator.record["config"].get("classes")
     if trained is None:
-        return list(range(len(generator.class_names)))
+        return list(range(generator.record["latents"]["num_classes"])) or [-1]
     return [generator.class_names.index(name) for name in trained]
 
 
@@ -140,10 +140,12 @@ def sample(
 def _check(generator: TrainedGenerator, count: int, classes: list[int]) -> None:
     if count < 1:
         raise ConfigError(f"the number of samples must be at least 1, got {count}")
-    known = len(generator.class_names)
+    known = generator.record["latents"]["num_classes"]
     for label in classes:
-        if not 0 <= label < known:
-            raise ConfigError(f"class {label}: the generator has the classes 0 to {known - 1}")
+        if not -1 <= label < known:
+            raise ConfigError(
+                f"class {label}: the generator has {known} classes, numbered from 0 (-1: no class)"
+            )
     if not classes:
         raise ConfigError("no classes to sample")
 

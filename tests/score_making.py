@@ -61,7 +61,10 @@ def tiny_generator(path: Path, *, seed: int = 0, **config: Any) -> TrainedGenera
             "cache": "cache",
             "tokenizer": "encoder",
         },
-        record={"config": {"generator": "sit-s", "model": {}, **config}},
+        record={
+            "config": {"generator": "sit-s", "model": {}, **config},
+            "latents": {"num_classes": 3},
+        },
         path=path,
     )
 

@@ -87,6 +87,10 @@ def test_labels_are_balanced_and_those_trained_on(tmp_path: Path) -> None:
     assert labels_of(np.arange(7), [4, 2, 9]).tolist() == [4, 2, 9, 4, 2, 9, 4]
     assert sampled_classes(tiny_generator(tmp_path)) == [0, 1, 2]
     assert sampled_classes(tiny_generator(tmp_path, classes=["c", "a"])) == [2, 0]
+    unlabelled = tiny_generator(tmp_path)
+    unlabelled.record["latents"]["num_classes"] = 0
+    assert sampled_classes(unlabelled) == [-1]
+    sample(unlabelled, tmp_path / "u", count=2, sampling=QUICK, quiet=True)
 
 
 def test_broken_samples_and_bad_requests(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _synthetic_pool(
     }
 
 
-def test_halving_agrees_with_the_grid(record_property: object) -> None:
+def test_halving_agrees_with_the_grid() -> None:
     """At least 18 of 20 repetitions from one pool: the grid's scale, or within the paired error."""
     rng = np.random.default_rng(0)
     dimensions, count, pool_rows = 48, 240, 6000
@@ -194,7 +194,8 @@ def test_halving_agrees_with_the_grid(record_property: object) -> None:
         used.append(drawn / (count * len(MAR_SCALES)))
         best.append(chosen)
     print(
-        f"within the paired error {agreed} of 20, same {same}, samples used {np.mean(used):.2f}, at most {max(used):.2f}"
+        f"within the paired error {agreed} of 20, same {same}, "
+        f"samples used {np.mean(used):.2f}, at most {max(used):.2f}"
     )
     print(f"chosen by the grid: {sorted(best)}")
     assert 3.0 < np.median(best) < 4.5

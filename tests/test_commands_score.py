@@ -1,0 +1,152 @@
+"""The commands that sample and score, as a user types them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detok_pipe.generators.registry import build_generator
+from detok_pipe.latents.sample_store import open_sample_store
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.cli import COMMANDS, main
+from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, to_json
+from detok_pipe.pipelines.run_directory import open_run
+from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
+
+MODEL = {"width": 32, "depth": 1, "heads": 2}
+NETWORK = ("--features", "efficientnet-lite2", "--resolution", "32", "--quiet")
+QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/tok, runs/other (a tokenizer that does not fit), runs/gen and reference.npz."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = TokenizerConfig(
+        image_size=16, patch_size=4, channels=4, encoder="32,1,2", decoder="32,1,2"
+    )
+    for seed, name in enumerate(("other", "tok")):
+        torch.manual_seed(seed)
+        tensors = build_tokenizer(config).state_dict()
+        with open_run(
+            folder / name, kind="tokenizer", config=to_json(config), inputs={}, keep=1
+        ) as out:
+            out.save_checkpoint(1, {"model": tensors, "ema": tensors}, {})
+    torch.manual_seed(2)
+    model = build_generator("sit-s", grid=(4, 4), channels=4, num_classes=2, **MODEL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    fingerprint = load_tokenizer(folder / "tok").identity["fingerprint"]
+    with open_run(
+        folder / "gen",
+        kind="generator",
+        config=to_json(GeneratorConfig(generator="sit-s", model=MODEL)),
+        inputs={"cache": "c", "tokenizer": fingerprint},
+        extra={
+            "latents": {
+                "grid": [4, 4],
+                "channels": 4,
+                "class_names": ["a", "b"],
+                "num_classes": 2,
+                "stats": LatentStats.identity(4).to_json(),
+            }
+        },
+        keep=1,
+    ) as out:
+        out.save_checkpoint(1, {"model": model.state_dict(), "ema": model.state_dict()}, {})
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    reference = folder / "reference.npz"
+    assert run("fid-stats", folder / "images", "--out", reference, "--size", 16, *NETWORK) == 0
+    return folder
+
+
+def test_sample_score_export(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, reference = tmp_path / "samples", runs / "reference.npz"
+    arguments = ("sample", runs / "gen", "--num", 24, "--cfg", 2, "--out", samples, *QUICK)
+    assert run(*arguments) == 0
+    assert run(*arguments) == 0
+    store = open_sample_store(samples)
+    assert store.complete
+    assert store.identity["sampling"]["guidance_scale"] == 2.0
+    assert store.identity["sampling"]["steps"] == 3
+    assert run("score", samples, "--ref", reference, *NETWORK) == 0
+    output = capsys.readouterr()
+    assert "FD-EffLite2@32" in output.out
+    assert "24 samples are not more than the 1280" in output.err
+    record = json.loads((samples / "scores.jsonl").read_text())
+    assert record["tokenizer"].endswith("tok")
+    assert record["settings"]["network"]["resolution"] == 32
+    assert run("export-images", samples, "--out", tmp_path / "png", "--num", 3, "--quiet") == 0
+    assert len(list((tmp_path / "png").glob("*.png"))) == 3
+    npz = tmp_path / "s.npz"
+    assert run("export-images", samples, "--out", npz, "--quiet") == 0
+    assert run("fid-stats", npz, "--out", tmp_path / "s-stats.npz", *NETWORK) == 0
+    # The statistics of the samples themselves: their distance is about zero.
+    assert run("score", samples, "--ref", tmp_path / "s-stats.npz", *NETWORK) == 0
+    value = json.loads((samples / "scores.jsonl").read_text().splitlines()[1])["metrics"]
+    assert abs(value["FD-EffLite2@32"]["value"]) < 1e-3
+
+
+def test_sweep(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--ref", runs / "reference.npz", "--scales", "1,3", "--num", 12, *NETWORK, *QUICK)
+    out = tmp_path / "sweep"
+    assert run("sweep-cfg", runs / "gen", "--final-num", 6, "--out", out, *arguments) == 0
+    output = capsys.readouterr()
+    assert "difference to best" in output.out
+    assert "edge of the grid" in output.err
+    for name in ("sweep.json", "sweep.png", "samples-by-scale.png", "scores.jsonl"):
+        assert (out / name).is_file()
+
+
+def test_errors_say_what_to_do(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, reference = tmp_path / "samples", runs / "reference.npz"
+    assert run("sample", runs / "gen", "--num", 4, "--out", samples, *QUICK) == 0
+    cases = [
+        (("sample", runs / "none", "--num", 4, "--out", samples), "none"),
+        (("sample", runs / "tok", "--num", 4, "--out", samples), "generator"),
+        (("sample", runs / "gen", "--num", 5, "--out", samples, *QUICK), "count"),
+        (("score", tmp_path, "--ref", reference, *NETWORK), "holds no samples"),
+        (("score", samples, "--ref", tmp_path / "no.npz", *NETWORK), "fid-stats"),
+        (("score", samples, "--ref", reference, "--ref-sha256", "00", *NETWORK), "expected 00"),
+        (
+            ("score", samples, "--ref", reference, "--tokenizer", runs / "other", *NETWORK),
+            "does not belong",
+        ),
+        (
+            ("score", samples, "--ref", reference, "--features", "efficientnet-lite2"),
+            "FD-EffLite2@32, and the features are FD-EffLite2@260's",
+        ),
+        (
+            ("sweep-cfg", runs / "gen", "--ref", reference, "--scales", "1,x", *NETWORK),
+            "write numbers with commas",
+        ),
+    ]
+    capsys.readouterr()
+    for arguments, message in cases:
+        assert run(*arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for n, (m, _) in COMMANDS.items() if m == "commands_score"])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(name, "-h") == 0
+    assert f"detok-pipe {name}" in capsys.readouterr().out
