@@ -154,6 +154,7 @@ def train_generator(
             "grid": list(cache.grid),
             "channels": cache.channels,
             "class_names": list(cache.class_names),
+            "num_classes": cache.num_classes,
             "stats": cache.stats.to_json(),
         },
         "tokenizer": cache.tokenizer,
@@ -166,7 +167,7 @@ def train_generator(
         out,
         kind="generator",
         config=to_json(config),
-        inputs={"cache": cache.fingerprint, "tokenizer": cache.tokenizer["encoder"]},
+        inputs={"cache": cache.fingerprint, "tokenizer": cache.tokenizer["fingerprint"]},
         extra=record,
         keep=execution.keep_checkpoints,
     ) as run:

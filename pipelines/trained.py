@@ -140,7 +140,7 @@ def load_generator(
         config.generator,
         grid=tuple(latents["grid"]),
         channels=latents["channels"],
-        num_classes=len(latents["class_names"]),
+        num_classes=latents["num_classes"],
         **config.model,
     )
     _load(model, tensors, checkpoint)

