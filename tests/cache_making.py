@@ -60,6 +60,11 @@ def write_cache(path, plan=None, bad=(), world=1, finalize=True):
     return writer
 
 
+def write_as(path, store_format, world=1):
+    """A cache of 37 images, 4 of them bad: for processes that are started, and killed."""
+    write_cache(path, plan_of(format=store_format), bad=(3, 11, 12, 36), world=world)
+
+
 def tree(path):
     """Every file below a folder with its bytes."""
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
