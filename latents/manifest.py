@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from detok_pipe.latents.atomic import write_json
@@ -86,7 +86,7 @@ class Manifest(_Record):
     format: Literal["webdataset", "zarr"]
     count: Positive
     quarantined: Size
-    grid: list[Positive]
+    grid: Annotated[list[Positive], Field(min_length=1, max_length=3)]
     channels: Positive
     views: list[Literal["image", "mirror"]]
     fields: list[Literal["mean", "std"]]
@@ -144,7 +144,7 @@ class Manifest(_Record):
 
     @property
     def tokens(self) -> int:
-        return int(np.prod(self.grid))
+        return math.prod(self.grid)
 
     @property
     def row_shape(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ processes; a store of the same identity is gone on with, one of another identity
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class SampleStore:
     @property
     def row_shape(self) -> tuple[int, int]:
         """(N, C)."""
-        return int(np.prod(self.grid)), self.channels
+        return math.prod(self.grid), self.channels
 
     def span(self, shard: int) -> tuple[int, int]:
         """First row of a shard, and the row behind its last."""
