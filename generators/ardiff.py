@@ -34,6 +34,9 @@ from detok_pipe.generators.patch import patchify, token_grid, unpatchify
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError
 
+# Rows x steps whose modulations are made at once while sampling.
+_ROWS_AHEAD = 256
+
 
 class FinalModulation(nn.Module):
     """LayerNorm without affine, modulated by the class; the head takes its output."""
@@ -178,6 +181,9 @@ class _CachedDecoder:
         null = condition.new_full((1,), -1)
         labels = torch.cat((condition, null)) if guided else condition
         self.label = embed_labels(labels, model.class_emb, model.fake_latent)  # (B + 1, W)
+        # Modulations need no token: they are made for several steps in one matrix product.
+        self.ahead = max(1, _ROWS_AHEAD // len(self.label))
+        self.parts: list[Tensor] = []
         self.final = model.final_layer.adaLN_modulation(self.label)
         self.position = model.pos_embed[0, 1:][order]  # (B, N, W), of the tokens as inputs
         self.target = model.target_pos_embed[0][order]  # (B, N, W), of the tokens as targets
@@ -195,6 +201,16 @@ class _CachedDecoder:
             parts = torch.cat((parts[: self.batch], null))
         return parts[: halves * self.batch, None]
 
+    def _modulations(self, i: int) -> list[Tensor]:
+        """Each block's modulations at step i, (B + 1, 6 W); steps are asked for upwards."""
+        if i % self.ahead == 0:
+            steps = self.model.timesteps_embeddings[0, i : min(i + self.ahead, self.model.tokens)]
+            condition = self.label + steps[:, None]  # (steps, B + 1, W)
+            self.parts = [
+                block.adaLN_modulation(condition) for block in self.model.transformer["blocks"]
+            ]
+        return [part[i % self.ahead] for part in self.parts]
+
     def step(self, i: int, token: Tensor | None, halves: int) -> Tensor:
         """The head's condition for token i, (halves * B, W); `token` (B, c) is number i - 1."""
         model = self.model
@@ -203,9 +219,7 @@ class _CachedDecoder:
         else:
             x = model.x_embedder(token.to(self.label.dtype)) + self.position[:, i - 1]
         x = model.ln_pre(x + self.target[:, i]).repeat(halves, 1)[:, None]  # (B', 1, W)
-        label = self.label if halves == 2 else self.label[: self.batch]
-        step = label + model.timesteps_embeddings[:, i]
-        for block, cache in zip(model.transformer["blocks"], self.caches, strict=True):
-            parts = self._spread(block.adaLN_modulation(step), halves)
-            x = block(x, parts, cache=cache)
+        parts = self._modulations(i)
+        for block, part, cache in zip(model.transformer["blocks"], parts, self.caches, strict=True):
+            x = block(x, self._spread(part, halves), cache=cache)
         return model.final_layer(x, self._spread(self.final, halves))[:, 0]

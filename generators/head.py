@@ -119,6 +119,16 @@ class DiffusionHead(nn.Module):
         return HeadSampler(self.net, chain, None if guided is None else guided * places)
 
 
+def _mlp(block: ResidualBlock, x: Tensor) -> Tensor:
+    """`block.mlp` of x (R, W), in the faster of two layouts."""
+    first, act, second = block.mlp
+    if x.device.type != "cpu" or not 8 <= len(x) <= 64:
+        return block.mlp(x)
+    # For few rows the CPU's matrix product is faster (1.5 times at 16 x 1024) with rows last.
+    hidden = act(torch.addmm(first.bias[:, None], first.weight, x.t()))  # (W, R)
+    return torch.addmm(second.bias[:, None], second.weight, hidden).t()
+
+
 class HeadSampler:
     """DDPM sampling with a `HeadNet`, arranged for many tokens and steps.
 
@@ -191,7 +201,7 @@ class HeadSampler:
         for j, block in enumerate(self.net.res_blocks):
             shift, scale, gate = part[3 * j : 3 * j + 3]
             n = F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
-            h = torch.addcmul(h, gate, block.mlp(torch.addcmul(shift, n, scale)))
+            h = torch.addcmul(h, gate, _mlp(block, torch.addcmul(shift, n, scale)))
         shift, scale = part[-2:]
         n = F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
         return self.net.final_layer.linear(torch.addcmul(shift, n, scale))

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise, ReplayNoise, philox
-from scipy import stats
 
 MASK = 0xFFFFFFFF
 
