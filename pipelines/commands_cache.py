@@ -2,7 +2,6 @@
 ``convert``."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -140,13 +139,14 @@ def encode(
       torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli encode ...
       detok-pipe encode ... --rank $SLURM_ARRAY_TASK_ID --world $SLURM_ARRAY_TASK_COUNT
     """
+    from detok_pipe.pipelines.devices import resolve_device
     from detok_pipe.pipelines.encode import encode as run
     from detok_pipe.pipelines.encode import make_plan, planned_threads
     from detok_pipe.pipelines.images import open_images
     from detok_pipe.pipelines.progress import say
     from detok_pipe.pipelines.trained import load_tokenizer
 
-    target = _device(device)
+    target = resolve_device(device)
     source = open_images(data, root=data_root, max_pixels=max_pixels)
     trained = load_tokenizer(tokenizer, device=target)
     threads = threads or planned_threads(out)
@@ -245,11 +245,12 @@ def verify(
     if repair and (tokenizer is None or data is None):
         raise click.UsageError("--repair needs --tokenizer and --data, to encode again")
     if tokenizer is not None and data is not None and repair:
+        from detok_pipe.pipelines.devices import resolve_device
         from detok_pipe.pipelines.images import open_images
         from detok_pipe.pipelines.repair_cache import repair_cache
         from detok_pipe.pipelines.trained import load_tokenizer
 
-        target = _device(device)
+        target = resolve_device(device)
         source = open_images(data, root=data_root, max_pixels=max_pixels)
         trained = load_tokenizer(tokenizer, device=target)
         problems = repair_cache(cache, trained, source, device=target, quiet=quiet)
@@ -299,11 +300,12 @@ def plan(images: int, preset: str, processes: int, device: str | None, **form: A
     Example:
       detok-pipe plan --images 1281167 --shards 313 --processes 8
     """
+    from detok_pipe.pipelines.devices import resolve_device
     from detok_pipe.pipelines.encode import make_plan
     from detok_pipe.pipelines.estimate import TypicalImages, estimate, untrained
     from detok_pipe.pipelines.presets import tokenizer_preset
 
-    target = _device(device)
+    target = resolve_device(device)
     tokenizer = untrained(tokenizer_preset(preset), target)
     result = estimate(
         tokenizer, make_plan(tokenizer, TypicalImages(images), device=target, **form), device=target
@@ -320,23 +322,6 @@ def plan(images: int, preset: str, processes: int, device: str | None, **form: A
         ("time, estimated", f"{hours:,.2f} hours with {processes} such processes"),
     ):
         click.echo(f"{name:22}{value}")
-
-
-def _device(name: str | None) -> str:
-    """The device that was asked for, or this process's GPU where there is one."""
-    import torch
-
-    from detok_pipe.latents.errors import ConfigError
-
-    if name is None:
-        local = os.environ.get("LOCAL_RANK", "0")
-        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} cannot be used here: {reason}") from error
-    return name
 
 
 def _exit_with_quarantine(context: click.Context, cache: Path, quarantined: int) -> None:

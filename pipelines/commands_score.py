@@ -33,6 +33,11 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
     return apply
 
 
+def _num_option(least: int, **settings: Any) -> Callable[[Command], Command]:
+    # torchrun and accelerate take --num for one of their own options, wherever it stands.
+    return click.option("-n", "--num", type=click.IntRange(least), **settings)
+
+
 _sampling_options = _together(
     click.option(
         "--schedule",
@@ -126,7 +131,7 @@ def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any)
 
 @click.command("sample")
 @click.argument("run", type=FOLDER)
-@click.option("--num", type=click.IntRange(1), required=True, help="Number of samples.")
+@_num_option(1, help="Number of samples.", required=True)
 @click.option("--cfg", type=float, help="Guidance scale. Default: the generator's published one.")
 @click.option("--first", type=click.IntRange(0), default=0, help="First sample number.")
 @click.option(
@@ -144,8 +149,8 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
     \b
     Example:
       detok-pipe sample runs/mar-l --num 50000 --cfg 3.4 --out samples
-      accelerate launch --num_processes 8 -m detok_pipe.pipelines.cli \\
-        sample runs/mar-l --num 50000 --cfg 3.4 --out samples
+      torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli \\
+        sample runs/mar-l -n 50000 --cfg 3.4 --out samples
     """
     from detok_pipe.pipelines.sample import sample as draw
     from detok_pipe.pipelines.trained import load_generator
@@ -174,7 +179,7 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
 @click.argument("samples", type=FOLDER)
 @_reference_options
 @tokenizer_option(required=False)
-@click.option("--num", type=click.IntRange(2), help="Score the first N samples. Default: all.")
+@_num_option(2, help="Score the first N samples. Default: all.")
 @click.option(
     "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."
 )
@@ -246,9 +251,7 @@ def score(
 @tokenizer_option(required=False)
 @out_option("Where to write. Default: RUN/sweep.", required=False)
 @click.option("--scales", help="Scales with commas: 3,3.5,4. Default: the published grid.")
-@click.option(
-    "--num", type=click.IntRange(4), default=10_000, show_default=True, help="Samples a scale."
-)
+@_num_option(4, help="Samples a scale.", default=10_000, show_default=True)
 @click.option(
     "--final-num",
     type=click.IntRange(0),
@@ -430,7 +433,7 @@ def fid_stats(
     type=click.Choice(["png", "npz", "webdataset"]),
     help="Default: npz where --out ends in .npz, else png.",
 )
-@click.option("--num", type=click.IntRange(1), help="The first N samples. Default: all.")
+@_num_option(1, help="The first N samples. Default: all.")
 @click.option(
     "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at once."
 )

@@ -198,6 +198,7 @@ class _Work:
         self, path: Path, sampling: Sampling, *, total: int, count: int, first: int
     ) -> tuple[Scores, dict[str, Any]]:
         plan, scale = self.plan, sampling.guidance_scale
+        what = f"at {scale:g}" if first == 0 else f"final at {scale:g}"
         store = sample(
             self.generator,
             path,
@@ -210,7 +211,7 @@ class _Work:
             rows_per_shard=min(plan.rows_per_shard, total),
             precision=plan.precision,
             processes=self.processes,
-            name=f"sample at {scale:g}",
+            name=f"sample {what}",
             quiet=self.quiet,
         )
         scores, record = score(
@@ -223,15 +224,14 @@ class _Work:
             expect_at=plan.count if count < total else None,
             batch_size=plan.batch_size,
             processes=self.processes,
-            name=f"score at {scale:g}",
+            name=f"score {what}",
             quiet=self.quiet,
         )
         value = next(iter(scores.metrics.values()))
         error = "" if value.error is None else f" ± {value.error:.3g}"
         if self.processes.is_main:
             say(
-                f"scale {scale:g}, {count:,} samples: {self.extractor.name} "
-                f"{value.value:.4g}{error}",
+                f"{what}, {count:,} samples: {self.extractor.name} {value.value:.4g}{error}",
                 quiet=self.quiet,
             )
         return scores, record

@@ -132,4 +132,4 @@ def _cells(metrics: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> lis
 
 
 def _number(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.2g}"

@@ -1,5 +1,6 @@
 """Stage two: train a generator from a latent cache."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from detok_pipe.pipelines.config import (
     to_json,
     unknown_name,
 )
+from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.run_directory import latest_checkpoint
 from detok_pipe.pipelines.training import (
     Parts,
@@ -101,6 +103,8 @@ def train_generator(
     cache = open_cache(latents)
     accelerator = make_accelerator(config.precision, execution, out)
     world, rank = accelerator.num_processes, accelerator.process_index
+    precision = resolve_precision(config.precision, accelerator.device)
+    config = dataclasses.replace(config, precision=precision)
     if config.global_batch % world:
         raise ConfigError(
             f"global_batch {config.global_batch} is no multiple of the {world} processes"

@@ -1,5 +1,6 @@
 """Stage one: train an l-DeTok tokenizer on images."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_steps, to_json
+from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.perceptual import perceptual_term
@@ -73,6 +75,8 @@ def train_tokenizer(
     source = open_images(data)
     accelerator = make_accelerator(config.precision, execution, out)
     world, rank = accelerator.num_processes, accelerator.process_index
+    precision = resolve_precision(config.precision, accelerator.device)
+    config = dataclasses.replace(config, precision=precision)
     if config.global_batch % world:
         raise ConfigError(
             f"global_batch {config.global_batch} is no multiple of the {world} processes"

@@ -22,11 +22,13 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detok_pipe.latents.errors import ConfigError, Interrupted, NonFiniteError
 from detok_pipe.pipelines.config import Execution, Precision
+from detok_pipe.pipelines.devices import resolve_device, resolve_precision
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.run_directory import (
     Checkpoint,
@@ -66,31 +68,19 @@ def make_accelerator(
 ) -> Accelerator:
     """Accelerate with the device, precision and trackers that were asked for.
 
-    "auto" is bf16 on a GPU and fp32 elsewhere.
-
     Raises:
-        ConfigError: the device is unknown, or a tracker's package is missing.
+        ConfigError: the device cannot be used, or a tracker's package is missing.
     """
-    if execution.device:
-        try:
-            device = torch.device(execution.device)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"--device {execution.device}: {str(error).splitlines()[0]}"
-            ) from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                f"--device {execution.device}: torch finds no GPU here; try --device cpu"
-            )
-        on_gpu = device.type == "cuda"
-        on_cpu = device.type == "cpu"
-    else:
-        on_gpu, on_cpu = torch.cuda.is_available(), False
-    mixed = {"auto": "bf16" if on_gpu else "no", "bf16": "bf16", "fp32": "no"}[precision]
+    wanted = resolve_device(execution.device) if execution.device else None
+    # Accelerate keeps its settings for the life of the process; a second run may have others.
+    AcceleratorState._reset_state()
+    cpu = wanted is not None and wanted.type == "cpu"
+    device = PartialState(cpu=cpu).device
+    mixed = {"bf16": "bf16", "fp32": "no"}[resolve_precision(precision, device)]
     try:
         return Accelerator(
             mixed_precision=mixed,
-            cpu=on_cpu,
+            cpu=cpu,
             log_with=list(execution.trackers) or None,
             project_dir=str(project) if project else None,
         )

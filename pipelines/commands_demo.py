@@ -1,0 +1,102 @@
+"""Commands that show: ``quickstart`` and ``report``."""
+
+import json
+from pathlib import Path
+
+import click
+
+from detok_pipe.pipelines.cli_options import FOLDER, device_option, quiet_option, seed_option
+
+
+@click.command("quickstart")
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="Where everything goes.  [default: runs/quickstart, with --fast runs/quickstart-fast]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["cpu", "fast", "gpu"]),
+    help="Size of everything. Default: gpu where there is one, else cpu.",
+)
+@click.option("--fast", is_flag=True, help="The same as --preset fast: a minute, and it looks it.")
+@seed_option
+@device_option
+@quiet_option
+def quickstart(
+    out: Path | None, preset: str | None, fast: bool, seed: int, device: str | None, quiet: bool
+) -> None:
+    """Run the whole pipeline on real pictures and write a page about it.
+
+    \b
+    Draws the Twemoji set, trains a small tokenizer on it, writes and checks the latent
+    cache, trains a small MAR from the cache, sweeps the guidance scale, scores the samples.
+    Run again, it goes on where it was, or ends at once.
+
+    \b
+    Example:
+      detok-pipe quickstart
+      detok-pipe quickstart --fast
+    """
+    import torch
+
+    from detok_pipe.latents.errors import ConfigError
+    from detok_pipe.pipelines.demo_presets import DEMOS
+    from detok_pipe.pipelines.devices import resolve_device
+    from detok_pipe.pipelines.quickstart import Quickstart
+    from detok_pipe.pipelines.quickstart_page import summary
+
+    if fast and preset not in (None, "fast"):
+        raise ConfigError(f"--fast is --preset fast; it does not go with --preset {preset}")
+    chosen_device = resolve_device(device)
+    chosen = "fast" if fast else preset or ("gpu" if chosen_device.type == "cuda" else "cpu")
+    out = out or Path("runs/quickstart-fast" if chosen == "fast" else "runs/quickstart")
+    torch.set_flush_denormal(True)
+    Quickstart(out, chosen, DEMOS[chosen], seed=seed, device=chosen_device, quiet=quiet).run()
+    click.echo(summary(out))
+
+
+@click.command("report")
+@click.argument("run", type=FOLDER)
+@click.option("--sweep", type=FOLDER, help="Folder of a sweep.  [default: RUN/sweep]")
+@click.option("--tokenizer", type=FOLDER, help="Decodes the samples; found beside RUN if it fits.")
+@click.option("--out", type=click.Path(path_type=Path), help="Page.  [default: RUN/report.html]")
+@device_option
+@quiet_option
+def report(
+    run: Path,
+    sweep: Path | None,
+    tokenizer: Path | None,
+    out: Path | None,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Write one self-contained HTML page about a generator run.
+
+    \b
+    Example:
+      detok-pipe report runs/mar-l
+    """
+    from detok_pipe.latents.sample_store import open_sample_store
+    from detok_pipe.pipelines.devices import resolve_device
+    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+    from detok_pipe.pipelines.report import write_report
+    from detok_pipe.pipelines.report_run import read_run, run_page, with_sweep
+    from detok_pipe.pipelines.sweep import SWEEP, search_path
+    from detok_pipe.pipelines.sweep_output import scale_grid
+
+    facts = read_run(run)
+    folder = sweep or run / "sweep"
+    if (folder / SWEEP).exists():
+        result = json.loads((folder / SWEEP).read_text())
+        found = find_tokenizer(
+            facts.record["inputs"]["tokenizer"], run, tokenizer, device=resolve_device(device)
+        )
+        stores = [
+            (scale, open_sample_store(search_path(folder, scale)))
+            for scale in result["plan"]["scales"]
+        ]
+        facts = with_sweep(facts, run, result, scale_grid(stores, found))
+    path = write_report(out or run / "report.html", run_page(facts))
+    if not quiet:
+        click.echo(f"{path}: open it in a browser")

@@ -1,0 +1,120 @@
+"""Sizes of the quickstart, chosen by measurement for a machine of each kind."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from detok_pipe.generators.sampling import Sampling
+from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that one quickstart does.
+
+    Attributes:
+        classes: categories that the generator learns; the tokenizer sees all.
+        scales: guidance scales of the sweep. sweep_count: samples at each.
+        final_count: samples at the best scale, and of each thing it is compared with.
+        resolution: side in pixels at which EfficientNet-lite2 sees images.
+    """
+
+    tokenizer: TokenizerConfig
+    generator: GeneratorConfig
+    sampling: Sampling
+    scales: tuple[float, ...]
+    sweep_count: int
+    final_count: int
+    resolution: int = 128
+
+
+_CLASSES = ("Flags", "People & Body", "Smileys & Emotion", "Symbols")
+
+CPU = Demo(
+    tokenizer=TokenizerConfig(
+        image_size=64,
+        patch_size=8,
+        encoder="192,3,6",
+        decoder="192,4,6",
+        gamma=1.0,
+        mask_ratio=0.5,
+        perceptual="none",
+        global_batch=32,
+        duration="1000 steps",
+        base_lr=1.6e-2,
+        warmup=0.1,
+        ema=0.99,
+        ema_warmup=True,
+        flip=True,
+    ),
+    generator=GeneratorConfig(
+        generator="mar-b",
+        model={
+            "width": 192,
+            "depth": 3,
+            "heads": 6,
+            "head_width": 256,
+            "head_depth": 3,
+            "buffer": 4,
+            "dropout": 0.0,
+            "head_draws": 2,
+        },
+        global_batch=32,
+        duration="1500 steps",
+        lr=1e-3,
+        lr_schedule="cosine",
+        warmup=0.05,
+        clip=3.0,
+        ema=0.995,
+        ema_warmup=True,
+        classes=_CLASSES,
+    ),
+    sampling=Sampling(guidance_schedule="linear", clip=4.0, steps=25, iterations=16),
+    scales=(1.0, 1.5, 2.0, 3.0),
+    sweep_count=300,
+    final_count=600,
+)
+
+FAST = dataclasses.replace(
+    CPU,
+    tokenizer=dataclasses.replace(
+        CPU.tokenizer, encoder="128,2,4", decoder="128,3,4", duration="150 steps"
+    ),
+    generator=dataclasses.replace(CPU.generator, duration="120 steps"),
+    sampling=dataclasses.replace(CPU.sampling, steps=12, iterations=8),
+    scales=(1.0, 2.0),
+    sweep_count=60,
+    final_count=100,
+)
+
+GPU = Demo(
+    tokenizer=TokenizerConfig(
+        encoder="small",
+        decoder="small",
+        perceptual="efficientnet-lite2",
+        global_batch=128,
+        duration="6000 steps",
+        base_lr=4e-4,
+        warmup=0.1,
+        ema_warmup=True,
+    ),
+    generator=GeneratorConfig(
+        generator="mar-b",
+        model={"width": 512, "depth": 8, "heads": 8},
+        global_batch=256,
+        duration="10000 steps",
+        lr=4e-4,
+        lr_schedule="cosine",
+        warmup=0.05,
+        clip=3.0,
+        ema=0.999,
+        ema_warmup=True,
+        classes=_CLASSES,
+    ),
+    sampling=Sampling(guidance_schedule="linear", clip=4.0),
+    scales=(1.0, 1.5, 2.0, 3.0, 4.0),
+    sweep_count=1000,
+    final_count=2000,
+    resolution=260,
+)
+
+DEMOS = {"cpu": CPU, "fast": FAST, "gpu": GPU}

@@ -1,0 +1,38 @@
+"""Which device computes, and in which precision: as asked for, checked, or the best here."""
+
+import os
+
+import torch
+
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.pipelines.config import Precision
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device of ``--device``; without one this process's GPU (CUDA, MPS), else the CPU.
+
+    Raises:
+        ConfigError: torch does not know the device, or it is not there.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0].split(". ")[0]
+        raise ConfigError(f"--device {name} cannot be used here: {first}") from None
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """ "bf16" or "fp32": "auto" is bf16 where it is faster, on CUDA and on CPUs with AMX."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if device.type == "cuda" else "fp32"

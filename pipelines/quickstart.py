@@ -1,0 +1,387 @@
+"""The whole pipeline on real pictures: what ``detok-pipe quickstart`` runs.
+
+Every stage calls the function behind the command of the same name, in this process. A stage's
+outcome and time are kept in ``stages.json`` once it is done, so that a second run finds it;
+the long stages (training, encoding, sampling) also go on in the middle.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from detok_pipe.evaluation.features import FeatureExtractor, load_extractor
+from detok_pipe.evaluation.linear_probe import LinearProbe
+from detok_pipe.evaluation.reference import Reference, read_reference
+from detok_pipe.generators.registry import build_generator
+from detok_pipe.latents import atomic
+from detok_pipe.latents.cache import LatentCache, open_cache
+from detok_pipe.latents.convert import convert
+from detok_pipe.latents.errors import CacheError, MismatchError
+from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.sample_store import SampleStore, open_sample_store
+from detok_pipe.latents.verify import describe, verify
+from detok_pipe.pipelines.config import Execution
+from detok_pipe.pipelines.demo_presets import Demo
+from detok_pipe.pipelines.emoji import EmojiImages, make_emoji_images
+from detok_pipe.pipelines.encode import encode, make_plan
+from detok_pipe.pipelines.fid_stats import fid_stats, image_batches
+from detok_pipe.pipelines.images import ImageSource, open_images
+from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.progress import say
+from detok_pipe.pipelines.quickstart_page import write_page
+from detok_pipe.pipelines.reconstruct import evaluate_tokenizer
+from detok_pipe.pipelines.run_directory import locked
+from detok_pipe.pipelines.sample import sample, sampled_classes
+from detok_pipe.pipelines.score import measure, real_features, score
+from detok_pipe.pipelines.stored_features import FeatureTable, StoredFeatures, features_of
+from detok_pipe.pipelines.sweep import final_path, plan_for, sweep
+from detok_pipe.pipelines.train_generator import train_generator
+from detok_pipe.pipelines.train_tokenizer import train_tokenizer
+from detok_pipe.pipelines.trained import (
+    TrainedGenerator,
+    TrainedTokenizer,
+    fingerprint,
+    load_generator,
+    load_tokenizer,
+)
+
+STAGES = "stages.json"
+_SETTINGS = "quickstart.json"
+
+
+class Quickstart:
+    """One quickstart in one folder; :meth:`run` does what is missing."""
+
+    def __init__(
+        self,
+        out: Path,
+        preset: str,
+        demo: Demo,
+        *,
+        seed: int,
+        device: torch.device,
+        quiet: bool,
+    ) -> None:
+        self.out = out
+        self.preset = preset
+        self.demo = dataclasses.replace(
+            demo,
+            tokenizer=dataclasses.replace(demo.tokenizer, seed=seed),
+            generator=dataclasses.replace(demo.generator, seed=seed),
+        )
+        self.seed = seed
+        self.device = device
+        self.quiet = quiet
+        self.execution = Execution(
+            device=str(device), log_every=10, checkpoint_every=200, keep_checkpoints=1, quiet=quiet
+        )
+        self.stages: dict[str, dict[str, Any]] = {}
+
+    # The parts that several stages use, each loaded once.
+
+    @cached_property
+    def images(self) -> EmojiImages:
+        return make_emoji_images(self.out / "images", quiet=self.quiet)
+
+    @cached_property
+    def train_images(self) -> ImageSource:
+        return open_images(self.images.train)
+
+    @cached_property
+    def held_out_images(self) -> ImageSource:
+        return open_images(self.images.held_out)
+
+    @cached_property
+    def tokenizer(self) -> TrainedTokenizer:
+        return load_tokenizer(self.out / "tokenizer", device=self.device)
+
+    @cached_property
+    def cache(self) -> LatentCache:
+        return open_cache(self.out / "cache")
+
+    @cached_property
+    def generator(self) -> TrainedGenerator:
+        return load_generator(self.out / "generator", device=self.device)
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        return load_extractor(
+            "efficientnet-lite2", resolution=self.demo.resolution, device=self.device
+        )
+
+    @cached_property
+    def reference(self) -> Reference:
+        return read_reference(self.out / "reference.npz")
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """Features of the training images of the generator's classes."""
+        features = real_features(self.reference, self.extractor)
+        assert features is not None  # they are kept in the file
+        return features
+
+    def run(self) -> Path:
+        """Do the stages that are not done; returns the report's path.
+
+        Raises:
+            MismatchError: the folder holds a quickstart of other settings.
+            LockedError: another quickstart is running in the folder.
+        """
+        with atomic.storage_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out):
+            self._check_settings()
+            atomic.remove_temporaries(self.out)
+            for name, stage in (
+                ("images", self.make_images),
+                ("tokenizer", self.train_tokenizer),
+                ("reconstructions", self.reconstruct),
+                ("encode", self.encode),
+                ("verify and convert", self.check_cache),
+                ("generator", self.train_generator),
+                ("reference statistics", self.reference_statistics),
+                ("guidance sweep", self.sweep),
+                ("comparisons", self.compare),
+                ("report", self.report),
+            ):
+                self._do(name, stage)
+        return self.out / "report.html"
+
+    def _check_settings(self) -> None:
+        wanted = json.loads(json.dumps({"seed": self.seed, **dataclasses.asdict(self.demo)}))
+        file = self.out / _SETTINGS
+        if file.exists():
+            if json.loads(file.read_text()) != wanted:
+                raise MismatchError(
+                    f"{self.out} holds a quickstart of another preset, seed or version; give "
+                    "another --out, or remove the folder"
+                )
+        else:
+            atomic.write_json(file, wanted)
+        done = self.out / STAGES
+        self.stages = json.loads(done.read_text()) if done.exists() else {}
+
+    def _do(self, name: str, stage: Callable[[], dict[str, Any] | None]) -> None:
+        if name in self.stages:
+            return
+        say(f"== {name}", quiet=self.quiet)
+        start = time.perf_counter()
+        result = stage() or {}
+        self.stages[name] = {"seconds": time.perf_counter() - start, "result": result}
+        atomic.write_json(self.out / STAGES, self.stages)
+
+    # The stages, in order.
+
+    def make_images(self) -> dict[str, Any]:
+        """Draw the image set; a tenth is held out."""
+        return {"training": self.images.train_counts, "held out": self.images.held_out_counts}
+
+    def train_tokenizer(self) -> None:
+        """Stage one."""
+        train_tokenizer(
+            self.demo.tokenizer, self.images.train, self.out / "tokenizer", self.execution
+        )
+
+    def reconstruct(self) -> dict[str, Any]:
+        """Measure the tokenizer on the held-out images."""
+        return evaluate_tokenizer(
+            self.tokenizer.model,
+            self.held_out_images,
+            image_size=self.tokenizer.image_size,
+            extractor=self.extractor,
+            device=self.device,
+            quiet=self.quiet,
+        )
+
+    def encode(self) -> dict[str, Any]:
+        """Write the latent cache of the training images."""
+        plan = make_plan(self.tokenizer, self.train_images, shards=4, device=self.device)
+        encode(
+            self.tokenizer,
+            self.train_images,
+            self.out / "cache",
+            plan,
+            device=self.device,
+            quiet=self.quiet,
+        )
+        return describe(self.out / "cache")
+
+    def check_cache(self) -> dict[str, Any]:
+        """Verify the cache, write it as Zarr too, and verify that."""
+        lines = []
+        convert(self.out / "cache", self.out / "cache-zarr", "zarr")
+        for name in ("cache", "cache-zarr"):
+            problems = verify(self.out / name)
+            if problems:
+                raise CacheError(f"{self.out / name}: {problems[0]}")
+            lines.append(f"{name}: every file is as it was written")
+        return {"verify": lines, "zarr": describe(self.out / "cache-zarr")}
+
+    def train_generator(self) -> None:
+        """Stage two."""
+        train_generator(
+            self.demo.generator, self.out / "cache", self.out / "generator", self.execution
+        )
+
+    def class_rows(self, source: ImageSource) -> np.ndarray:
+        """Numbers of the source's images whose class the generator learns."""
+        names = self.demo.generator.classes or tuple(source.class_names)
+        return np.flatnonzero(np.isin(source.labels, [source.class_names.index(n) for n in names]))
+
+    def reference_statistics(self) -> None:
+        """Statistics of the training images of the generator's classes."""
+        fid_stats(
+            self.train_images,
+            self.extractor,
+            self.out / "reference.npz",
+            size=self.tokenizer.image_size,
+            rows=self.class_rows(self.train_images),
+            quiet=self.quiet,
+        )
+
+    def sweep(self) -> dict[str, Any]:
+        """Stage three: guidance scales, then the score at the best."""
+        plan = plan_for(
+            self.generator,
+            scales=self.demo.scales,
+            sampling=self.demo.sampling,
+            count=self.demo.sweep_count,
+            final_count=self.demo.final_count,
+            seed=self.seed,
+            batch_size=100,
+        )
+        return sweep(
+            plan,
+            self.generator,
+            self.tokenizer,
+            self.extractor,
+            self.reference,
+            self.out / "sweep",
+            processes=Processes(device=self.device),
+            quiet=self.quiet,
+        )
+
+    def final_store(self) -> SampleStore:
+        """The samples at the best scale."""
+        best = self.stages["guidance sweep"]["result"]["best"]
+        return open_sample_store(final_path(self.out / "sweep", best))
+
+    def compare(self) -> dict[str, Any]:
+        """Score what the trained model must beat, and real images; probe the classes."""
+        rows = {}
+        for name, store in (("untrained", self._untrained()), ("gaussian", self._gaussian())):
+            scores, _ = score(
+                store,
+                self.tokenizer,
+                self.extractor,
+                self.reference,
+                real=self.real,
+                name=f"score {name}",
+                quiet=self.quiet,
+            )
+            rows[name] = {k: dataclasses.asdict(v) for k, v in scores.metrics.items()}
+        held_out, held_out_labels = self._features(self.held_out_images)
+        scores = measure(held_out, self.reference, self.extractor, real=self.real)
+        rows["held out"] = {k: dataclasses.asdict(v) for k, v in scores.metrics.items()}
+        return {
+            "scores": rows,
+            "held out": len(held_out),
+            "probe": self._probe(held_out, held_out_labels),
+        }
+
+    def _features(self, source: ImageSource) -> tuple[FeatureTable, np.ndarray]:
+        """Features of real images of the generator's classes, and their labels."""
+        rows = self.class_rows(source)
+        batches = image_batches(source, self.tokenizer.image_size, 64, rows=rows)
+        return features_of(self.extractor, batches), source.labels[rows]
+
+    def _untrained(self) -> SampleStore:
+        """Samples of the same network as it was before training."""
+        config = self.demo.generator
+        torch.manual_seed(config.seed)
+        model = build_generator(
+            config.generator,
+            grid=self.cache.grid,
+            channels=self.cache.channels,
+            num_classes=self.cache.num_classes,
+            **config.model,
+        )
+        model = model.to(self.device).eval().requires_grad_(False)
+        identity = {
+            **self.generator.identity,
+            "weights": fingerprint(model.state_dict()),
+            "step": 0,
+        }
+        untrained = dataclasses.replace(self.generator, model=model, identity=identity)
+        return sample(
+            untrained,
+            self.out / "comparisons" / "untrained",
+            count=self.demo.final_count,
+            sampling=self.demo.sampling,
+            seed=self.seed,
+            batch_size=100,
+            name="sample untrained",
+            quiet=self.quiet,
+        )
+
+    def _gaussian(self) -> SampleStore:
+        """Latents drawn from a Gaussian fitted per position to the cached means."""
+        count, cache = self.demo.final_count, self.cache
+        wanted = [
+            cache.class_names.index(n) for n in self.demo.generator.classes or cache.class_names
+        ]
+        rows = np.flatnonzero(np.isin(cache.labels, wanted))
+        z = np.concatenate([cache.rows(rows, view) for view in cache.views]).astype(np.float64)
+        mean = z.mean(0)  # (N, C)
+        covariance = np.einsum("bnc,bnd->ncd", z - mean, z - mean) / (len(z) - 1)
+        factor = np.linalg.cholesky(covariance + 1e-6 * np.eye(cache.channels))  # (N, C, C)
+        noise = Noise(self.seed, np.arange(count)).normal("gaussian", mean.shape).numpy()
+        store = SampleStore.open(
+            self.out / "comparisons" / "gaussian",
+            {
+                "generator": "Gaussian per position",
+                "cache": cache.fingerprint,
+                "tokenizer": cache.tokenizer["fingerprint"],
+                "classes": wanted,
+                "seed": self.seed,
+            },
+            count=count,
+            grid=cache.grid,
+            channels=cache.channels,
+            stats=cache.stats,
+            rows_per_shard=count,
+        )
+        if not store.complete:
+            store.commit(0, mean + np.einsum("ncd,bnd->bnc", factor, noise))
+        return store
+
+    def _probe(self, held_out: FeatureTable, held_out_labels: np.ndarray) -> dict[str, float]:
+        """Does a classifier of real images recognise the classes of the samples?"""
+        rows = self.class_rows(self.train_images)
+        labels = torch.from_numpy(self.train_images.labels[rows]).long()
+        probe = LinearProbe.fit(torch.from_numpy(self.real), labels)
+        store = self.final_store()
+        samples = StoredFeatures(store, self.tokenizer, self.extractor).read()
+        classes = sampled_classes(self.generator)
+        first = store.identity["first"]
+        wanted = [classes[(first + i) % len(classes)] for i in range(len(samples))]
+
+        def accuracy(features: np.ndarray, wanted: np.ndarray | list[int]) -> float:
+            return probe.accuracy(torch.from_numpy(features), torch.as_tensor(wanted))
+
+        return {
+            "samples": accuracy(samples.features, wanted),
+            "held out": accuracy(held_out.features, held_out_labels),
+            "chance": 1 / len(classes),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Draw the pictures and write the page."""
+        return write_page(self)
