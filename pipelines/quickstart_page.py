@@ -94,7 +94,10 @@ class _Gatherer:
             tokenizer=self.tokenizer(),
             cache=self.cache(),
             generator=self.generator(),
-            probe=ProbeFacts(**self.results["comparisons"]["probe"]),
+            probe=ProbeFacts(**{
+                name.replace(" ", "_"): share
+                for name, share in self.results["comparisons"]["probe"].items()
+            }),
             metrics=metrics,
             feature_dimensions=quickstart.extractor.dimensions,
             scores=self.scores(),
@@ -169,7 +172,6 @@ class _Gatherer:
         quickstart = self.quickstart
         result = self.results["guidance sweep"]
         run = quickstart.out / "generator"
-        name = quickstart.demo.generator.generator
         sweep_folder = quickstart.out / "sweep"
         stores = {
             s: open_sample_store(search_path(sweep_folder, s)) for s in quickstart.demo.scales
