@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from detok_pipe.evaluation.frechet import feature_stats
@@ -13,10 +14,18 @@ from detok_pipe.evaluation.reference import Reference, read_reference, write_ref
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.stats import LatentStats
-from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
+from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, to_json
+from detok_pipe.pipelines.run_directory import open_run
+from detok_pipe.pipelines.trained import (
+    TrainedGenerator,
+    TrainedTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+)
 from detok_pipe.tokenizer.model import LDeTok
 
 CLASSES = ["a", "b", "c"]
+MODEL: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2}
 QUICK = Sampling(guidance_scale=1.5, steps=3, method="euler")
 
 
@@ -43,9 +52,7 @@ class TinyFeatures:
 
 def tiny_generator(path: Path, *, seed: int = 0, **config: Any) -> TrainedGenerator:
     torch.manual_seed(seed)
-    model = build_generator(
-        "sit-s", grid=(4, 4), channels=4, num_classes=3, width=32, depth=1, heads=2
-    )
+    model = build_generator("sit-s", grid=(4, 4), channels=4, num_classes=3, **MODEL)
     for parameter in model.parameters():  # the output layer starts at zero
         torch.nn.init.normal_(parameter, std=0.15)
     return TrainedGenerator(
@@ -103,3 +110,44 @@ def tiny_reference(path: Path, *, size: int = 16, name: str = TinyFeatures.name)
 
 def json_of(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def make_runs(folder: Path) -> None:
+    """Run directories tok, other (a tokenizer that does not fit) and gen, and images."""
+    config = TokenizerConfig(
+        image_size=16, patch_size=4, channels=4, encoder="32,1,2", decoder="32,1,2"
+    )
+    for seed, name in enumerate(("other", "tok")):
+        torch.manual_seed(seed)
+        tensors = build_tokenizer(config).state_dict()
+        with open_run(
+            folder / name, kind="tokenizer", config=to_json(config), inputs={}, keep=1
+        ) as out:
+            out.save_checkpoint(1, {"model": tensors, "ema": tensors}, {})
+    torch.manual_seed(2)
+    model = build_generator("sit-s", grid=(4, 4), channels=4, num_classes=2, **MODEL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    fingerprint = load_tokenizer(folder / "tok").identity["fingerprint"]
+    with open_run(
+        folder / "gen",
+        kind="generator",
+        config=to_json(GeneratorConfig(generator="sit-s", model=MODEL)),
+        inputs={"cache": "c", "tokenizer": fingerprint},
+        extra={
+            "latents": {
+                "grid": [4, 4],
+                "channels": 4,
+                "class_names": ["a", "b"],
+                "num_classes": 2,
+                "stats": LatentStats.identity(4).to_json(),
+            }
+        },
+        keep=1,
+    ) as out:
+        out.save_checkpoint(1, {"model": model.state_dict(), "ema": model.state_dict()}, {})
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)

@@ -3,20 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from score_making import make_runs
 
-from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.sample_store import open_sample_store
-from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.cli import COMMANDS, main
-from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, to_json
-from detok_pipe.pipelines.run_directory import open_run
-from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
 
-MODEL = {"width": 32, "depth": 1, "heads": 2}
 NETWORK = ("--features", "efficientnet-lite2", "--resolution", "32", "--quiet")
 QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
 
@@ -31,45 +23,8 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/tok, runs/other (a tokenizer that does not fit), runs/gen and reference.npz."""
     folder = tmp_path_factory.mktemp("runs")
-    config = TokenizerConfig(
-        image_size=16, patch_size=4, channels=4, encoder="32,1,2", decoder="32,1,2"
-    )
-    for seed, name in enumerate(("other", "tok")):
-        torch.manual_seed(seed)
-        tensors = build_tokenizer(config).state_dict()
-        with open_run(
-            folder / name, kind="tokenizer", config=to_json(config), inputs={}, keep=1
-        ) as out:
-            out.save_checkpoint(1, {"model": tensors, "ema": tensors}, {})
-    torch.manual_seed(2)
-    model = build_generator("sit-s", grid=(4, 4), channels=4, num_classes=2, **MODEL)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    fingerprint = load_tokenizer(folder / "tok").identity["fingerprint"]
-    with open_run(
-        folder / "gen",
-        kind="generator",
-        config=to_json(GeneratorConfig(generator="sit-s", model=MODEL)),
-        inputs={"cache": "c", "tokenizer": fingerprint},
-        extra={
-            "latents": {
-                "grid": [4, 4],
-                "channels": 4,
-                "class_names": ["a", "b"],
-                "num_classes": 2,
-                "stats": LatentStats.identity(4).to_json(),
-            }
-        },
-        keep=1,
-    ) as out:
-        out.save_checkpoint(1, {"model": model.state_dict(), "ema": model.state_dict()}, {})
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        path = folder / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    make_runs(folder)
     reference = folder / "reference.npz"
     assert run("fid-stats", folder / "images", "--out", reference, "--size", 16, *NETWORK) == 0
     return folder

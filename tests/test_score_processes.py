@@ -1,0 +1,80 @@
+"""Sampling and scoring in real processes: several at once, and killed at random moments."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from score_making import json_of, make_runs
+
+from detok_pipe.latents.sample_store import open_sample_store
+
+pytestmark = pytest.mark.soak
+
+CLI = ("-m", "detok_pipe.pipelines.cli")
+QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _run(*arguments: object, processes: int = 1) -> None:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [*launcher, *CLI, *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_runs(folder)
+    return folder
+
+
+def test_two_processes_give_what_one_gives(runs: Path, tmp_path: Path) -> None:
+    network = ("--features", "efficientnet-lite2", "--resolution", "32")
+    for processes in (1, 2):
+        reference, out = tmp_path / f"{processes}.npz", tmp_path / str(processes)
+        images = ("fid-stats", runs / "images", "--size", 16, "--out", reference)
+        _run(*images, *network, processes=processes)
+        sweep = ("sweep-cfg", runs / "gen", "--ref", tmp_path / "1.npz", "--out", out)
+        size = ("--scales", "1,3", "-n", 300, "--final-num", 0)
+        _run(*sweep, *size, *network, *QUICK, processes=processes)
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
+        np.testing.assert_allclose(one["sigma"], two["sigma"], rtol=1e-4, atol=1e-9)
+    one, two = (json_of(tmp_path / str(i) / "sweep.json") for i in (1, 2))
+    assert one["rungs"] == two["rungs"]
+
+
+def test_killed_at_random_moments_gives_the_same_bits(runs: Path, tmp_path: Path) -> None:
+    arguments = ("sample", runs / "gen", "-n", 2500, "--cfg", 2, *QUICK, "--out")
+    _run(*arguments, tmp_path / "whole")
+    target = tmp_path / "killed"
+    command = [sys.executable, *CLI, *map(str, arguments), str(target)]
+    moments = random.Random(0)
+    kills = 0
+
+    def shards() -> int:
+        return len(list(target.glob("*.safetensors")))
+
+    while shards() < 10:
+        before = shards()
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and shards() == before:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+        assert shards() > before, "a restart made no progress"
+    whole, killed = open_sample_store(tmp_path / "whole"), open_sample_store(target)
+    assert kills > 1
+    assert killed.complete
+    assert killed.verify() == []
+    np.testing.assert_array_equal(whole.read(0, 2500), killed.read(0, 2500))
