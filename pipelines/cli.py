@@ -32,6 +32,8 @@ COMMANDS = {
     "fid-stats": ("commands_score", "Compute reference statistics from images."),
     "export-images": ("commands_score", "Decode a sample store to PNG or npz."),
     "report": ("commands_demo", "Write one self-contained HTML page about a run."),
+    "import-checkpoint": ("commands_train", "Make a run directory from a released .pth."),
+    "export-checkpoint": ("commands_train", "Write a run's weights in the released form."),
     "presets": ("commands_train", "List the presets, or show one."),
 }
 """Command -> (module, one-line help), in the order in which a user needs them."""

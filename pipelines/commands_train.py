@@ -1,4 +1,4 @@
-"""Commands that train: ``train-tok``, ``eval-tok``, ``train-gen``, ``presets``."""
+"""Commands about runs: training, evaluation of tokenizers, import and export, presets."""
 
 import inspect
 import json
@@ -17,6 +17,7 @@ from detok_pipe.pipelines.cli_options import (
     out_option,
     quiet_option,
     set_option,
+    tokenizer_option,
 )
 
 
@@ -227,6 +228,60 @@ def train_gen(preset: str, latents: Path, out: Path, **values: Any) -> None:
         _print_plan(config, describe(config, open_cache(latents)))
     else:
         train_generator(config, latents, out, _execution(values))
+
+
+@click.command("import-checkpoint")
+@click.argument("file", type=PATH)
+@click.option("--as", "name", required=True, help="What it is: detok-bb, mar-l, sit-b, ...")
+@out_option("Run directory to make.")
+@click.option("--stats", type=PATH, help="Of a generator's latents: the released stats.pkl.")
+@tokenizer_option(required=False)
+@click.option("--grid", help="Of a generator's latents, as 16x16; default: a square one.")
+@set_option
+def import_checkpoint(
+    file: Path,
+    name: str,
+    out: Path,
+    stats: Path | None,
+    tokenizer: Path | None,
+    grid: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Make a run directory from the released checkpoint FILE; no code in it is run.
+
+    \b
+    Example:
+      detok-pipe import-checkpoint detok-BB.pth --as detok-bb --out runs/tok
+      detok-pipe import-checkpoint mar-l.pth --as mar-l --stats stats.pkl \\
+        --tokenizer runs/tok --out runs/mar-l
+    """
+    from detok_pipe.latents.errors import ConfigError
+    from detok_pipe.pipelines.released import import_checkpoint as run
+
+    sides = None
+    if grid is not None:
+        parts = grid.lower().split("x")
+        if not all(part.isdigit() and int(part) for part in parts):
+            raise ConfigError(f"--grid {grid}: write it as 16x16, or as 128 for a sequence")
+        sides = tuple(int(part) for part in parts)
+    run(file, name, out, overrides=overrides, stats=stats, tokenizer=tokenizer, grid=sides)
+    click.echo(f"{out}: {name} from {file}")
+
+
+@click.command("export-checkpoint")
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=PATH, required=True, help="The .pth to write.")
+def export_checkpoint(run: Path, out: Path) -> None:
+    """Write the newest weights of RUN, and their EMA, as the released .pth files are.
+
+    \b
+    Example:
+      detok-pipe export-checkpoint runs/mar-l --out mar-l.pth
+    """
+    from detok_pipe.pipelines.released import export_checkpoint as write
+
+    write(run, out)
+    click.echo(f"{out}: model and model_ema of {run}")
 
 
 @click.command("presets")

@@ -94,10 +94,12 @@ class _Gatherer:
             tokenizer=self.tokenizer(),
             cache=self.cache(),
             generator=self.generator(),
-            probe=ProbeFacts(**{
-                name.replace(" ", "_"): share
-                for name, share in self.results["comparisons"]["probe"].items()
-            }),
+            probe=ProbeFacts(
+                **{
+                    name.replace(" ", "_"): share
+                    for name, share in self.results["comparisons"]["probe"].items()
+                }
+            ),
             metrics=metrics,
             feature_dimensions=quickstart.extractor.dimensions,
             scores=self.scores(),

@@ -113,8 +113,8 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
-def read_config(run: Path, kind: str) -> dict[str, Any]:
-    """``config.json`` of a run of ``kind`` ("tokenizer" or "generator").
+def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
+    """``config.json`` of a run of ``kind``, "tokenizer" or "generator" (None: of either).
 
     Raises:
         CheckpointError: there is no such run, or it is of another kind.
@@ -122,14 +122,15 @@ def read_config(run: Path, kind: str) -> dict[str, Any]:
     file = run / CONFIG
     try:
         record = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        command = {"tokenizer": "train-tok", "generator": "train-gen"}.get(str(kind), "a trainer")
         raise CheckpointError(
             f"{run} is no run directory: it has no {CONFIG}. Name the folder that was given to "
-            f"{'train-tok' if kind == 'tokenizer' else 'train-gen'} --out"
+            f"{command} as --out"
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if record.get("kind") != kind:
+    if kind is not None and record.get("kind") != kind:
         raise CheckpointError(f"{run} holds a {record.get('kind')} run; a {kind} run is needed")
     return record
 

@@ -76,6 +76,26 @@ def build_tokenizer(config: TokenizerConfig) -> LDeTok:
     )
 
 
+def network_of(record: dict[str, Any], where: Path) -> nn.Module:
+    """The network that a run's ``config.json`` describes, freshly initialised.
+
+    Raises:
+        ConfigError: a key or value is unknown; ``where``, the run, is named.
+    """
+    file = str(where / "config.json")
+    if record["kind"] == "tokenizer":
+        return build_tokenizer(from_json(TokenizerConfig, record["config"], where=file))
+    config = from_json(GeneratorConfig, record["config"], where=file)
+    latents = record["latents"]
+    return build_generator(
+        config.generator,
+        grid=tuple(latents["grid"]),
+        channels=latents["channels"],
+        num_classes=latents["num_classes"],
+        **config.model,
+    )
+
+
 def _newest(run: Path) -> Checkpoint:
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
@@ -132,20 +152,13 @@ def load_generator(
         CheckpointError: no generator run, no checkpoint, or a checkpoint of another network.
     """
     record = read_config(run, "generator")
-    config = from_json(GeneratorConfig, record["config"], where=str(run / "config.json"))
+    model = network_of(record, run)
     checkpoint = _newest(run)
     tensors = checkpoint.tensors("ema" if ema else "model")
     latents = record["latents"]
-    model = build_generator(
-        config.generator,
-        grid=tuple(latents["grid"]),
-        channels=latents["channels"],
-        num_classes=latents["num_classes"],
-        **config.model,
-    )
     _load(model, tensors, checkpoint)
     identity = {
-        "generator": config.generator,
+        "generator": record["config"]["generator"],
         "weights": fingerprint(tensors),
         "ema": ema,
         "step": checkpoint.step,

@@ -1,0 +1,149 @@
+"""Released checkpoints to run directories, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detok_pipe.generators.checkpoint_import import (
+    fitted,
+    import_generator,
+    read_released,
+    released_form,
+)
+from detok_pipe.generators.registry import generator_names
+from detok_pipe.generators.stats_import import read_channel_stats
+from detok_pipe.latents import atomic
+from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.config import (
+    GeneratorConfig,
+    to_json,
+    unknown_name,
+    with_overrides,
+)
+from detok_pipe.pipelines.presets import TOKENIZER_PRESETS
+from detok_pipe.pipelines.run_directory import latest_checkpoint, open_run, read_config
+from detok_pipe.pipelines.trained import (
+    build_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    network_of,
+)
+
+
+def import_checkpoint(
+    file: Path,
+    name: str,
+    out: Path,
+    *,
+    overrides: tuple[str, ...] = (),
+    stats: Path | None = None,
+    tokenizer: Path | None = None,
+    grid: tuple[int, ...] | None = None,
+) -> None:
+    """Write the run directory ``out`` from a released ``.pth``; no code in the file runs.
+
+    Args:
+        name: a tokenizer preset (detok-bb) or a generator (mar-l): what the file is of.
+        overrides: ``key=value`` changes to the named one.
+        stats: for a generator, the statistics of its latents (``stats.pkl``).
+        tokenizer: for a generator, the tokenizer's run directory.
+        grid: of the generator's latents; None: a square one.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, hostile or of another model.
+        ConfigError: an unknown name, or a generator without ``stats`` and ``tokenizer``.
+    """
+    if name in TOKENIZER_PRESETS:
+        _import_tokenizer(file, name, out, overrides)
+    elif name in generator_names():
+        if stats is None or tokenizer is None:
+            raise ConfigError(
+                f"{name} samples normalised latents: name their statistics with --stats and the "
+                "tokenizer that decodes them with --tokenizer"
+            )
+        _import_generator(file, name, out, overrides, stats, tokenizer, grid)
+    else:
+        raise unknown_name("model", name, [*TOKENIZER_PRESETS, *generator_names()])
+
+
+def _import_tokenizer(file: Path, name: str, out: Path, overrides: tuple[str, ...]) -> None:
+    config = with_overrides(TOKENIZER_PRESETS[name](), overrides)
+    released = read_released(file)
+    module = build_tokenizer(config)
+    model = fitted(module, released.model, f"{file} (model)")
+    ema = model
+    if released.ema is not None:
+        ema = fitted(module, released.ema, f"{file} (model_ema)", spare=model)
+    extra = {"parameters": sum(p.numel() for p in module.parameters())}
+    _write(file, out, "tokenizer", to_json(config), {"data": None}, extra, model, ema)
+
+
+def _import_generator(
+    file: Path,
+    name: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    stats: Path,
+    tokenizer: Path,
+    grid: tuple[int, ...] | None,
+) -> None:
+    config = with_overrides(GeneratorConfig(generator=name), overrides)
+    found = import_generator(name, read_released(file), grid=grid, **config.model)
+    decoder = load_tokenizer(tokenizer)
+    if (tuple(decoder.model.grid), decoder.model.channels) != (found.grid, found.channels):
+        raise MismatchError(
+            f"{file} makes latents {found.grid} x {found.channels}, the tokenizer {tokenizer} "
+            f"decodes {tuple(decoder.model.grid)} x {decoder.model.channels}"
+        )
+    mean, std = read_channel_stats(stats, found.channels)
+    extra = {
+        "latents": {
+            "path": str(file),
+            "grid": list(found.grid),
+            "channels": found.channels,
+            "class_names": [str(label) for label in range(found.num_classes)],
+            "num_classes": found.num_classes,
+            "stats": LatentStats(mean=mean, std=std, count=0, source="published").to_json(),
+        },
+        "tokenizer": decoder.identity,
+        "parameters": sum(value.numel() for value in found.model.values()),
+    }
+    inputs = {"cache": None, "tokenizer": decoder.identity["fingerprint"]}
+    settings = to_json(config) | {"model": found.options}
+    _write(file, out, "generator", settings, inputs, extra, found.model, found.ema)
+
+
+def _write(
+    file: Path,
+    out: Path,
+    kind: str,
+    config: dict[str, Any],
+    inputs: dict[str, Any],
+    extra: dict[str, Any],
+    model: dict[str, Tensor],
+    ema: dict[str, Tensor],
+) -> None:
+    inputs = {**inputs, "imported": fingerprint(model)}
+    extra = {**extra, "imported_from": str(file)}
+    with open_run(out, kind=kind, config=config, inputs=inputs, extra=extra, keep=1) as run:
+        run.save_checkpoint(0, {"model": model, "ema": ema}, {})
+
+
+def export_checkpoint(run: Path, out: Path) -> None:
+    """Write the newest checkpoint of a run in the released form, a ``.pth`` for ``torch.load``.
+
+    Raises:
+        CheckpointError: no run or no whole checkpoint.
+        StorageError: the disk is full or read-only.
+    """
+    record = read_config(run)
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no checkpoint yet")
+    module = network_of(record, run)
+    form = released_form(module, checkpoint.tensors("model"), checkpoint.tensors("ema"))
+    with atomic.atomic_file(out) as temporary, temporary.open("wb") as file:
+        torch.save(form, file)

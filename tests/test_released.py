@@ -1,0 +1,110 @@
+"""Released checkpoints become runs that sample, and come back as they were."""
+
+import pickle
+
+import pytest
+import torch
+
+from detok_pipe.generators.registry import build_generator
+from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
+from detok_pipe.pipelines.released import export_checkpoint, import_checkpoint
+from detok_pipe.pipelines.trained import load_generator, load_tokenizer
+from detok_pipe.tokenizer.model import LDeTok
+
+TOKENIZER = ("image_size=32", "patch_size=8", "channels=4", "encoder=16,1,2", "decoder=16,1,2")
+GENERATOR = ("model.width=32", "model.depth=1", "model.heads=2")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """Released files of a tiny tokenizer and a tiny MAR, and the latents' statistics."""
+    folder = tmp_path_factory.mktemp("released")
+    torch.manual_seed(0)
+    tokenizer = LDeTok(image_size=32, patch_size=8, channels=4, encoder="16,1,2", decoder="16,1,2")
+    weights = tokenizer.state_dict()
+    torch.save(
+        {"model": weights, "model_ema": {k: v + 1 for k, v in weights.items()}},
+        folder / "tok.pth",
+    )
+    generator = build_generator(
+        "mar-b",
+        grid=(4, 4),
+        channels=4,
+        num_classes=10,
+        width=32,
+        depth=1,
+        heads=2,
+        head_width=16,
+        head_depth=2,
+        buffer=3,
+    )
+    torch.save({"model": generator.state_dict()}, folder / "mar.pth")
+    stats = {"imagenet": {"channel": (torch.arange(8.0), torch.arange(8.0) + 1)}}
+    (folder / "stats.pkl").write_bytes(pickle.dumps(stats))
+    return folder
+
+
+def test_a_generator_comes_back_and_its_run_loads(released, tmp_path):
+    import_checkpoint(released / "tok.pth", "detok-bb", tmp_path / "tok", overrides=TOKENIZER)
+    import_checkpoint(
+        released / "mar.pth",
+        "mar-b",
+        tmp_path / "mar",
+        overrides=GENERATOR,
+        stats=released / "stats.pkl",
+        tokenizer=tmp_path / "tok",
+    )
+    generator = load_generator(tmp_path / "mar")
+    assert (generator.grid, len(generator.class_names)) == ((4, 4), 10)
+    assert generator.stats.std.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert (
+        generator.identity["tokenizer"] == load_tokenizer(tmp_path / "tok").identity["fingerprint"]
+    )
+    export_checkpoint(tmp_path / "mar", tmp_path / "again.pth")
+    first = torch.load(released / "mar.pth", weights_only=True)["model"]
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+def test_a_tokenizer_comes_back_with_its_averaged_weights(released, tmp_path):
+    import_checkpoint(released / "tok.pth", "detok-bb", tmp_path / "tok", overrides=TOKENIZER)
+    export_checkpoint(tmp_path / "tok", tmp_path / "again.pth")
+    first = torch.load(released / "tok.pth", weights_only=True)
+    again = torch.load(tmp_path / "again.pth", weights_only=True)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    used = load_tokenizer(tmp_path / "tok").model.state_dict()
+    torch.testing.assert_close(used, first["model_ema"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "words"),
+    [
+        ("nowhere.pth", "detok-bb", ["nowhere.pth", "no such file"]),
+        ("mar.pth", "detok-bb", ["missing keys", "encoder"]),
+        ("tok.pth", "detok-bbb", ["detok-bbb", "did you mean detok-bb"]),
+    ],
+)
+def test_a_wrong_file_or_name_says_so_and_leaves_nothing(released, tmp_path, file, name, words):
+    with pytest.raises((CheckpointError, ConfigError)) as error:
+        import_checkpoint(released / file, name, tmp_path / "out", overrides=TOKENIZER)
+    assert all(word in str(error.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generator_needs_its_tokenizer_and_one_that_fits(released, tmp_path):
+    with pytest.raises(ConfigError, match="--stats"):
+        import_checkpoint(released / "mar.pth", "mar-b", tmp_path / "mar", overrides=GENERATOR)
+    other = ("image_size=16", *TOKENIZER[1:])
+    file = tmp_path / "other.pth"
+    model = LDeTok(image_size=16, patch_size=8, channels=4, encoder="16,1,2", decoder="16,1,2")
+    torch.save(model.state_dict(), file)
+    import_checkpoint(file, "detok-bb", tmp_path / "tok", overrides=other)
+    with pytest.raises(MismatchError, match=r"\(4, 4\)"):
+        import_checkpoint(
+            released / "mar.pth",
+            "mar-b",
+            tmp_path / "mar",
+            overrides=GENERATOR,
+            stats=released / "stats.pkl",
+            tokenizer=tmp_path / "tok",
+        )
