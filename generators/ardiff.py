@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ from detok_pipe.generators.layers import (
     AdaLNBlock,
     AnyNoise,
     KeyValueCache,
+    Modulation,
     drop_labels,
     embed_labels,
     init_linear_layers,
     modulate,
-    modulation,
 )
 from detok_pipe.generators.patch import patchify, token_grid, unpatchify
 from detok_pipe.generators.sampling import Sampling
@@ -43,7 +43,7 @@ class FinalModulation(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.adaLN_modulation = modulation(width, 2)
+        self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, parts: Tensor) -> Tensor:
         """x (B, n, W); parts (B, 1, 2 W), `adaLN_modulation` of the class embedding."""
@@ -111,6 +111,11 @@ class ARDiff(nn.Module):
         nn.init.normal_(self.class_emb.weight, std=0.02)
         self.diffloss = DiffusionHead(token_channels, width, width=head_width, depth=head_depth)
 
+    @property
+    def blocks(self) -> Sequence[AdaLNBlock]:
+        """The transformer's blocks, typed."""
+        return cast(Sequence[AdaLNBlock], self.transformer["blocks"])
+
     def places(self, noise: AnyNoise, device: torch.device) -> Tensor:
         """Generation orders (B, N) int64: the grid place of each token of the sequence."""
         if self.order == "raster":
@@ -130,7 +135,7 @@ class ARDiff(nn.Module):
         x = self.ln_pre(x)
         label = embed_labels(condition, self.class_emb, self.fake_latent)[:, None]  # (B, 1, W)
         steps = label + self.timesteps_embeddings[:, : self.tokens]  # (B, N, W)
-        for block in self.transformer["blocks"]:
+        for block in self.blocks:
             x = block(x, block.adaLN_modulation(steps), causal=True)
         return self.final_layer(x, self.final_layer.adaLN_modulation(label))
 
@@ -191,7 +196,7 @@ class _CachedDecoder:
         rows = self.batch * (2 if guided else 1)
         self.caches = [
             KeyValueCache(rows, model.heads, model.tokens, width // model.heads, self.label)
-            for _ in model.transformer["blocks"]
+            for _ in model.blocks
         ]
 
     def _spread(self, parts: Tensor, halves: int) -> Tensor:
@@ -206,9 +211,7 @@ class _CachedDecoder:
         if i % self.ahead == 0:
             steps = self.model.timesteps_embeddings[0, i : min(i + self.ahead, self.model.tokens)]
             condition = self.label + steps[:, None]  # (steps, B + 1, W)
-            self.parts = [
-                block.adaLN_modulation(condition) for block in self.model.transformer["blocks"]
-            ]
+            self.parts = [block.adaLN_modulation(condition) for block in self.model.blocks]
         return [part[i % self.ahead] for part in self.parts]
 
     def step(self, i: int, token: Tensor | None, halves: int) -> Tensor:
@@ -220,6 +223,6 @@ class _CachedDecoder:
             x = model.x_embedder(token.to(self.label.dtype)) + self.position[:, i - 1]
         x = model.ln_pre(x + self.target[:, i]).repeat(halves, 1)[:, None]  # (B', 1, W)
         parts = self._modulations(i)
-        for block, part, cache in zip(model.transformer["blocks"], parts, self.caches, strict=True):
+        for block, part, cache in zip(model.blocks, parts, self.caches, strict=True):
             x = block(x, self._spread(part, halves), cache=cache)
         return model.final_layer(x, self._spread(self.final, halves))[:, 0]

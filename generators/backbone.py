@@ -138,12 +138,12 @@ class Backbone(nn.Module):
         init_linear_layers(self)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))  # a view
         nn.init.zeros_(self.get_parameter("x_embedder.proj.bias"))
-        for weight in (
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-            self.y_embedder.embedding_table.weight,
+        for name in (
+            "t_embedder.mlp.0.weight",
+            "t_embedder.mlp.2.weight",
+            "y_embedder.embedding_table.weight",
         ):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(self.get_parameter(name), std=0.02)
 
     def network(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """One evaluation, fp32 out.

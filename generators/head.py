@@ -7,6 +7,9 @@ of 1000 steps, eps prediction, learned-range variance.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,10 +20,10 @@ from detok_pipe.generators.layers import (
     LAYER_NORM_EPS,
     AnyNoise,
     FinalLayer,
+    Modulation,
     TimeEmbedding,
     init_linear_layers,
     modulate,
-    modulation,
 )
 from detok_pipe.generators.sampling import Sampling
 
@@ -36,7 +39,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = modulation(width, 3)
+        self.adaLN_modulation = Modulation(width, 3)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -54,14 +57,19 @@ class HeadNet(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
         init_linear_layers(self)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.time_embed.mlp.get_parameter(name), std=0.02)
+
+    @property
+    def blocks(self) -> Iterable[ResidualBlock]:
+        """`res_blocks`, typed."""
+        return cast(Iterable[ResidualBlock], self.res_blocks)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x (..., R, C), t (..., R), condition (R, Z), shared by the leading dimensions."""
         y = self.time_embed(t) + self.cond_embed(condition)
         x = self.input_proj(x)
-        for block in self.res_blocks:
+        for block in self.blocks:
             x = block(x, y)
         return self.final_layer(x, y)  # (..., R, 2C)
 
@@ -121,9 +129,9 @@ class DiffusionHead(nn.Module):
 
 def _mlp(block: ResidualBlock, x: Tensor) -> Tensor:
     """`block.mlp` of x (R, W), in the faster of two layouts."""
-    first, act, second = block.mlp
     if x.device.type != "cpu" or not 8 <= len(x) <= 64:
         return block.mlp(x)
+    first, act, second = cast(tuple[nn.Linear, nn.SiLU, nn.Linear], tuple(block.mlp))
     # For few rows the CPU's matrix product is faster (1.5 times at 16 x 1024) with rows last.
     hidden = act(torch.addmm(first.bias[:, None], first.weight, x.t()))  # (W, R)
     return torch.addmm(second.bias[:, None], second.weight, hidden).t()
@@ -146,16 +154,15 @@ class HeadSampler:
         device = net.input_proj.weight.device
         self.time = net.time_embed(torch.tensor(self.chain.timestep_map, device=device))  # (S, W)
         weights, biases = [], []
-        for block in net.res_blocks:
-            shift, scale, gate = block.adaLN_modulation[1].weight.chunk(3)
-            shift_bias, scale_bias, gate_bias = block.adaLN_modulation[1].bias.chunk(3)
+        for block in net.blocks:
+            (shift, scale, gate), bias = block.adaLN_modulation.chunks(3)
+            shift_bias, scale_bias, gate_bias = bias
             gain, offset = block.in_ln.weight, block.in_ln.bias
             # LN = gain n + offset, so LN (1 + scale) + shift
             #    = n [gain (1 + scale)] + [offset (1 + scale) + shift].
             weights += [shift + offset[:, None] * scale, gain[:, None] * scale, gate]
             biases += [shift_bias + offset * (1 + scale_bias), gain * (1 + scale_bias), gate_bias]
-        shift, scale = net.final_layer.adaLN_modulation[1].weight.chunk(2)
-        shift_bias, scale_bias = net.final_layer.adaLN_modulation[1].bias.chunk(2)
+        (shift, scale), (shift_bias, scale_bias) = net.final_layer.adaLN_modulation.chunks(2)
         self.weight = torch.cat((*weights, shift, scale))  # ((3 depth + 2) W, W)
         self.bias = torch.cat((*biases, shift_bias, 1 + scale_bias))
 
@@ -198,7 +205,7 @@ class HeadSampler:
         h = self.net.input_proj(x)
         if len(h) != len(parts):
             h = h.repeat(2, 1)
-        for j, block in enumerate(self.net.res_blocks):
+        for j, block in enumerate(self.net.blocks):
             shift, scale, gate = part[3 * j : 3 * j + 3]
             n = F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
             h = torch.addcmul(h, gate, _mlp(block, torch.addcmul(shift, n, scale)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from detok_pipe.latents.noise import Noise, ReplayNoise
 
 LAYER_NORM_EPS = 1e-6
 plain_layer_norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS, elementwise_affine=False)
-AnyNoise = Noise | ReplayNoise
-Rope = tuple[Tensor, Tensor]
+AnyNoise: TypeAlias = Noise | ReplayNoise
+Rope: TypeAlias = tuple[Tensor, Tensor]
 
 
 def timestep_features(t: Tensor, size: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -40,7 +41,8 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t, self.features).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(timestep_features(t, self.features).to(dtype))
 
 
 def drop_labels(condition: Tensor, probability: float, noise: AnyNoise) -> Tensor:
@@ -61,9 +63,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale + 1)
 
 
-def modulation(width: int, parts: int) -> nn.Sequential:
+class Modulation(nn.Sequential):
     """linear(SiLU(condition)) to `parts` vectors of `width`."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+
+    def chunks(self, parts: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The linear layer's weights and biases, each cut into its `parts`."""
+        linear = cast(nn.Linear, self[1])
+        return linear.weight.chunk(parts), linear.bias.chunk(parts)
 
 
 class FinalLayer(nn.Module):
@@ -75,7 +84,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm = norm(width)
         self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = modulation(width, 2)
+        self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -248,7 +257,7 @@ class AdaLNBlock(nn.Module):
         self.attn = Attention(width, heads, norm=qk_norm)
         self.norm2 = norm(width)
         self.mlp = mlp(width)
-        self.adaLN_modulation = modulation(width, 6)
+        self.adaLN_modulation = Modulation(width, 6)
 
     def forward(
         self,
