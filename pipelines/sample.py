@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError, NonFiniteError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.pipelines.config import Precision
+from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress
 from detok_pipe.pipelines.trained import TrainedGenerator
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 ROWS_PER_SHARD = 250
 """Samples a shard: seconds of work, and divides the counts that are commonly scored."""
@@ -76,7 +76,7 @@ def sample(
         generator: on the device where it is to run.
         classes: labels to go through; by default all that it was trained on.
         stop: draw only the shards that begin before this row; the store stays unfinished.
-        precision: of the networks; "auto" is bf16 on a GPU, fp32 elsewhere.
+        precision: of the networks; see `resolve_precision` for "auto".
         name: shown beside the progress.
 
     Returns:
@@ -91,7 +91,7 @@ def sample(
     processes = processes or Processes(device=next(generator.model.parameters()).device)
     classes = sampled_classes(generator) if classes is None else list(classes)
     _check(generator, count, classes)
-    dtype = _resolved(precision, processes.device)
+    dtype = resolve_precision(precision, processes.device)
     identity = {
         **generator.identity,
         "model": generator.record["config"]["model"],
@@ -148,12 +148,6 @@ def _check(generator: TrainedGenerator, count: int, classes: list[int]) -> None:
             )
     if not classes:
         raise ConfigError("no classes to sample")
-
-
-def _resolved(precision: Precision, device: torch.device) -> str:
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 @torch.inference_mode()

@@ -10,29 +10,35 @@ Everything is resumable: samples and features by shard, scores are computed agai
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from detok_pipe.evaluation.features import FeatureExtractor
-from detok_pipe.evaluation.frechet import paired_difference
 from detok_pipe.evaluation.reference import Reference
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import ConfigError
+from detok_pipe.pipelines.config import Precision
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
+from detok_pipe.pipelines.rungs import (
+    SHARES,
+    best_scale,
+    edge_warning,
+    keep,
+    point_of,
+    samples_drawn,
+)
 from detok_pipe.pipelines.sample import (
     ROWS_PER_SHARD,
-    Precision,
     sample,
     sampled_classes,
     sampling_of,
 )
 from detok_pipe.pipelines.score import (
     Scores,
-    append_record,
     check_comparable,
     metric_names,
     real_features,
@@ -50,9 +56,6 @@ FLOW_SCALES = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)
 
 UNGUIDED_TEMPERATURE = {"mar-b": 0.95, "mar-l": 0.97}
 """Published temperatures of samples without guidance; 1 for all others."""
-
-SURELY = 2.0
-"""Paired standard errors by which a scale must be worse to be dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +148,13 @@ def search_path(out: Path, scale: float) -> Path:
 
 
 def final_path(out: Path, scale: float) -> Path:
-    """Where a sweep's final samples of a scale are."""
+    """Where a sweep's final samples at the best scale are."""
     return out / "final" / f"cfg-{scale:g}"
+
+
+def unguided_path(out: Path) -> Path:
+    """Where a sweep's final samples without guidance are."""
+    return out / "final" / "unguided"
 
 
 class _Work:
@@ -185,13 +193,12 @@ class _Work:
             search_path(self.out, scale), sampling, total=self.plan.count, count=rung, first=0
         )
 
-    def final_at(self, sampling: Sampling) -> tuple[Scores, dict[str, Any]]:
-        """Scores of the final samples, on sample numbers that the search did not use."""
+    def final(self, sampling: Sampling, path: Path) -> tuple[Scores, dict[str, Any]]:
+        """Scores of final samples, on sample numbers that the search did not use."""
         classes = len(sampled_classes(self.generator))
         # A multiple of the classes, so that the finals are balanced like the search.
         first = -(-self.plan.count // classes) * classes
         total = self.plan.final_count
-        path = final_path(self.out, sampling.guidance_scale)
         return self._scored(path, sampling, total=total, count=total, first=first)
 
     def _scored(
@@ -274,9 +281,9 @@ def sweep(
     finals: list[dict[str, Any]] = []
     if plan.final_count:
         guided = dataclasses.replace(plan.sampling, guidance_scale=best)
-        # Where the best scale is 1 there is one final, and its temperature is the search's.
-        for sampling in (guided,) if best == 1 else (guided, plan.unguided):
-            finals.append(work.final_at(sampling)[1])
+        finals.append(work.final(guided, final_path(out, best))[1])
+        if plan.unguided != guided:
+            finals.append(work.final(plan.unguided, unguided_path(out))[1])
     result = {
         "version": 1,
         "generator": generator.identity,
@@ -285,18 +292,18 @@ def sweep(
         "metrics": [dataclasses.asdict(m) for m in metric_names(extractor.name).values()],
         "rungs": rungs,
         "best": best,
-        "samples": _samples_drawn(plan, rungs),
+        "samples": samples_drawn(rungs),
         "samples of a full grid": len(plan.scales) * plan.count,
         "final": finals,
-        "warnings": _warnings(plan, best, records[-1]),
+        "warnings": [*records[-1]["notes"], *edge_warning(plan.scales, best)],
         "settings": {k: v for k, v in records[-1]["settings"].items() if k != "samples"},
         "reference": str(reference.path),
         "tokenizer": str(tokenizer.path),
     }
     if processes.is_main:
         atomic.write_json(out / SWEEP, result)
-        for record in [*records, *finals]:
-            append_record(out / SCORES, record)
+        lines = (json.dumps(record, ensure_ascii=False) for record in [*records, *finals])
+        atomic.write_text(out / SCORES, "".join(f"{line}\n" for line in lines))
     processes.wait()
     return result
 
@@ -313,76 +320,17 @@ def _search(work: _Work) -> tuple[list[dict[str, Any]], list[dict[str, Any]], fl
         scores = {scale: pair[0] for scale, pair in scored.items()}
         records = [pair[1] for pair in scored.values()]
         check_comparable(records)
-        best = _best(scores)
-        kept = alive if count == plan.count else keep(plan, number, scores)
+        best = best_scale(scores)
+        kept = (
+            alive
+            if count == plan.count
+            else keep(scores, at_most=len(plan.scales) * SHARES[number] // 9)
+        )
         rungs.append(
             {
                 "count": count,
-                "points": [_point(scale, scores, best, scale in kept) for scale in alive],
+                "points": [point_of(scale, scores, best, scale in kept) for scale in alive],
             }
         )
         alive = kept
     return rungs, records, best
-
-
-def _best(scores: Mapping[float, Scores]) -> float:
-    return min(scores, key=lambda scale: scores[scale].expected)
-
-
-def keep(
-    plan: SweepPlan,
-    rung: int,
-    scores: Mapping[float, Scores],
-) -> list[float]:
-    """The scales that go on to the next rung.
-
-    Those that are not surely worse than the best, by paired errors, and of these at most so
-    many that the whole search takes under half of a grid's samples: 4/9, then 2/9 of the scales.
-    """
-    ranked = sorted(scores, key=lambda scale: scores[scale].expected)
-    best = scores[ranked[0]]
-    near = []
-    for scale in ranked:
-        _, error = paired_difference(scores[scale].frechet, best.frechet)
-        if error is None or scores[scale].expected - best.expected <= SURELY * error:
-            near.append(scale)
-    at_most = max(1, len(plan.scales) * (4 if rung == 0 else 2) // 9)
-    return sorted(near[:at_most])
-
-
-def _point(
-    scale: float,
-    scores: Mapping[float, Scores],
-    best: float,
-    kept: bool,
-) -> dict[str, Any]:
-    difference, error = paired_difference(scores[scale].frechet, scores[best].frechet)
-    return {
-        "scale": scale,
-        "metrics": {
-            name: dataclasses.asdict(measured) for name, measured in scores[scale].metrics.items()
-        },
-        "difference to best": {"value": difference, "error": error},
-        "expected": scores[scale].expected,
-        "kept": kept,
-        "notes": scores[scale].notes,
-    }
-
-
-def _samples_drawn(plan: SweepPlan, rungs: Sequence[Mapping[str, Any]]) -> int:
-    drawn, before = 0, 0
-    for rung in rungs:
-        drawn += len(rung["points"]) * (rung["count"] - before)
-        before = rung["count"]
-    return drawn
-
-
-def _warnings(plan: SweepPlan, best: float, record: Mapping[str, Any]) -> list[str]:
-    warnings = list(record["notes"])
-    if best in (plan.scales[0], plan.scales[-1]):
-        side = "lower" if best == plan.scales[0] else "higher"
-        warnings.append(
-            f"the best scale, {best:g}, is at the edge of the grid {plan.scales[0]:g} ... "
-            f"{plan.scales[-1]:g}: a {side} one may be better; sweep again with --scales"
-        )
-    return warnings

@@ -71,10 +71,11 @@ def make_accelerator(
     Raises:
         ConfigError: the device cannot be used, or a tracker's package is missing.
     """
-    wanted = resolve_device(execution.device) if execution.device else None
     # Accelerate keeps its settings for the life of the process; a second run may have others.
     AcceleratorState._reset_state()
-    cpu = wanted is not None and wanted.type == "cpu"
+    # Without being told that it is on a CPU, Accelerate joins no processes there: each of
+    # torchrun's would take itself for the only one.
+    cpu = resolve_device(execution.device).type == "cpu"
     device = PartialState(cpu=cpu).device
     mixed = {"bf16": "bf16", "fp32": "no"}[resolve_precision(precision, device)]
     try:

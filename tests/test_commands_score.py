@@ -9,6 +9,7 @@ from score_making import make_runs
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines.cli import COMMANDS, main
 
+MODULES = ("commands_score", "commands_images")
 NETWORK = ("--features", "efficientnet-lite2", "--resolution", "32", "--quiet")
 QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
 
@@ -101,7 +102,7 @@ def test_errors_say_what_to_do(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [n for n, (m, _) in COMMANDS.items() if m == "commands_score"])
+@pytest.mark.parametrize("name", [n for n, (m, _) in COMMANDS.items() if m in MODULES])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "-h") == 0
     assert f"detok-pipe {name}" in capsys.readouterr().out

@@ -20,13 +20,14 @@ QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def _run(*arguments: object, processes: int = 1) -> None:
+def _run(*arguments: object, processes: int = 1) -> str:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command = [*launcher, *CLI, *map(str, arguments)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,8 @@ def test_two_processes_give_what_one_gives(runs: Path, tmp_path: Path) -> None:
         _run(*images, *network, processes=processes)
         sweep = ("sweep-cfg", runs / "gen", "--ref", tmp_path / "1.npz", "--out", out)
         size = ("--scales", "1,3", "-n", 300, "--final-num", 0)
-        _run(*sweep, *size, *network, *QUICK, processes=processes)
+        output = _run(*sweep, *size, *network, *QUICK, processes=processes)
+        assert output.count("difference to best") == 1  # each of two that do not join prints it
     with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
         np.testing.assert_allclose(one["sigma"], two["sigma"], rtol=1e-4, atol=1e-9)
     one, two = (json_of(tmp_path / str(i) / "sweep.json") for i in (1, 2))

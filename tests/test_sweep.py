@@ -17,16 +17,17 @@ from detok_pipe.evaluation.frechet import FeatureStats, FrechetReference, paired
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines import sweep_output
+from detok_pipe.pipelines.rungs import SHARES, keep
 from detok_pipe.pipelines.score import Scores, read_records
 from detok_pipe.pipelines.sweep import (
     FLOW_SCALES,
     MAR_SCALES,
     SweepPlan,
     final_path,
-    keep,
     plan_for,
     search_path,
     sweep,
+    unguided_path,
 )
 
 SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -65,8 +66,9 @@ def test_grid_finds_the_lowest_and_scores_on_other_samples(tmp_path: Path) -> No
     assert {r["settings"]["count"] for r in result["final"]} == {9}
     assert len(read_records(tmp_path / "sweep" / "scores.jsonl")) == 6
     search = open_sample_store(search_path(tmp_path / "sweep", 1.0)).read(0, 9)
-    final = open_sample_store(final_path(tmp_path / "sweep", 1.0)).read(0, 9)
+    final = open_sample_store(unguided_path(tmp_path / "sweep")).read(0, 9)
     assert (search != final).all(axis=(1, 2)).all()
+    assert open_sample_store(final_path(tmp_path / "sweep", result["best"])).complete
 
 
 def test_again_does_nothing_and_more_scales_only_theirs(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_halving_agrees_with_the_grid() -> None:
             drawn, before = drawn + len(alive) * (rung - before), rung
             scores = {scale: scored(scale, rung) for scale in alive}
             if rung < count:
-                alive = keep(plan, number, scores)
+                alive = keep(scores, at_most=len(MAR_SCALES) * SHARES[number] // 9)
         found = min(scores, key=lambda scale: scores[scale].expected)
         difference, error = paired_difference(full[found].frechet, full[chosen].frechet)
         assert error is not None

@@ -1,0 +1,109 @@
+"""Options that the commands of sampling and scoring share, and the processes that they run in."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from detok_pipe.pipelines.cli_options import FOLDER, PATH, Command
+
+if TYPE_CHECKING:
+    from detok_pipe.pipelines.processes import Processes
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help shows them."""
+
+    def apply(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def batch_size_option(function: Command) -> Command:
+    """``--batch-size``: how many images or samples the networks take at once."""
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="Images at once.",
+    )(function)
+
+
+def num_option(least: int, **settings: Any) -> Callable[[Command], Command]:
+    """``--num``: how many samples."""
+    # torchrun and accelerate take --num for one of their own options, wherever it stands.
+    return click.option("--num", "-n", type=click.IntRange(least), **settings)
+
+
+sampling_options = together(
+    click.option(
+        "--schedule",
+        type=click.Choice(["constant", "linear"]),
+        help="How the scale moves while tokens are revealed.",
+    ),
+    click.option(
+        "--interval",
+        nargs=2,
+        type=float,
+        metavar="LOW HIGH",
+        help="Guidance only while the progress, 0 to 1, is in this range.",
+    ),
+    click.option("--guided-channels", type=click.IntRange(1), help="Guide the first N channels."),
+    click.option("--temperature", type=float, help="Factor on the noise of diffusion steps."),
+    click.option("--steps", type=click.IntRange(1), help="Steps of diffusion or ODE."),
+    click.option("--iterations", type=click.IntRange(1), help="MAR: steps that reveal tokens."),
+    click.option("--method", type=click.Choice(["euler", "dopri5"]), help="SiT: ODE solver."),
+)
+generator_options = together(
+    click.option(
+        "--ema/--no-ema", default=True, show_default=True, help="Averaged or last weights."
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16"]),
+        default="auto",
+        show_default=True,
+        help="Of the generator; auto is bf16 where that is faster.",
+    ),
+    batch_size_option,
+)
+feature_options = together(
+    click.option(
+        "--features",
+        type=click.Choice(["inception", "efficientnet-lite2"]),
+        default="inception",
+        show_default=True,
+        help="Feature network: inception gives FID, the other FD-EffLite2.",
+    ),
+    click.option(
+        "--resolution",
+        type=click.IntRange(32, 1024),
+        help="efficientnet-lite2: side to which images are resized (260).",
+    ),
+    click.option(
+        "--weights-dir", type=FOLDER, help="Folder with the Inception weights; else torch hub's."
+    ),
+)
+reference_options = together(
+    click.option(
+        "--ref",
+        "reference",
+        type=PATH,
+        required=True,
+        help="Reference statistics (.npz): ADM's, pytorch-fid's, clean-fid's or fid-stats'.",
+    ),
+    click.option("--ref-sha256", help="SHA-256 that the reference must have, or its first digits."),
+)
+
+
+def open_processes(device: str | None) -> "Processes":
+    """The processes that torchrun or accelerate started, or this one alone."""
+    from detok_pipe.pipelines.config import Execution
+    from detok_pipe.pipelines.processes import Processes
+    from detok_pipe.pipelines.training import make_accelerator
+
+    return Processes(make_accelerator("fp32", Execution(device=device, trackers=())))

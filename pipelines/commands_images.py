@@ -1,0 +1,154 @@
+"""Commands between images and scores: ``fid-stats`` and ``export-images``."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from detok_pipe.pipelines.cli_options import (
+    FOLDER,
+    PATH,
+    device_option,
+    quiet_option,
+    tokenizer_option,
+)
+from detok_pipe.pipelines.cli_score_options import (
+    batch_size_option,
+    feature_options,
+    num_option,
+    open_processes,
+)
+
+
+@click.command("fid-stats")
+@click.argument("images", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The .npz to write.")
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Side in pixels of the ADM centre crop. An .npz of images keeps its own.",
+)
+@click.option(
+    "--keep-features",
+    type=click.IntRange(0),
+    default=10_000,
+    show_default=True,
+    help="Images whose features stay in the file, for KID, precision and recall.",
+)
+@batch_size_option
+@feature_options
+@device_option
+@quiet_option
+def fid_stats(
+    images: Path,
+    out: Path,
+    size: int,
+    keep_features: int,
+    batch_size: int,
+    features: str,
+    resolution: int | None,
+    weights_dir: Path | None,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Compute reference statistics of IMAGES: class folders, a list file, tars, or an .npz.
+
+    \b
+    Example:
+      detok-pipe fid-stats imagenet/train --out in256.npz
+      detok-pipe fid-stats VIRTUAL_imagenet256_labeled.npz --out with-features.npz
+    """
+    from detok_pipe.evaluation.features import load_extractor
+    from detok_pipe.evaluation.reference import read_reference
+    from detok_pipe.pipelines import fid_stats as statistics
+    from detok_pipe.pipelines.images import open_images
+
+    processes = open_processes(device)
+    extractor = load_extractor(
+        features, resolution=resolution, weights_dir=weights_dir, device=processes.device
+    )
+    if images.suffix == ".npz":
+        found = read_reference(images)
+        written = processes.on_main(
+            lambda: statistics.fid_stats_of_npz(
+                found,
+                extractor,
+                out,
+                keep_features=keep_features,
+                batch_size=batch_size,
+                quiet=quiet,
+            )
+        )
+    else:
+        written = statistics.fid_stats(
+            open_images(images),
+            extractor,
+            out,
+            size=size,
+            keep_features=keep_features,
+            batch_size=batch_size,
+            processes=processes,
+            quiet=quiet,
+        )
+    if processes.is_main:
+        click.echo(f"{extractor.name} statistics of {written.made_from['count']:,} images in {out}")
+
+
+@click.command("export-images")
+@click.argument("samples", type=FOLDER)
+@tokenizer_option(required=False)
+@click.option("--out", type=PATH, required=True, help="A new folder, or a name ending in .npz.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["png", "npz", "webdataset"]),
+    help="Default: npz where --out ends in .npz, else png.",
+)
+@num_option(1, help="The first N samples. Default: all.")
+@batch_size_option
+@device_option
+@quiet_option
+def export_images(
+    samples: Path,
+    tokenizer: Path | None,
+    out: Path,
+    form: Any,
+    num: int | None,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+) -> None:
+    """Decode the sample store SAMPLES to PNG, npz (ADM's form) or WebDataset.
+
+    \b
+    Example:
+      detok-pipe export-images samples --out pictures
+      detok-pipe export-images samples --out samples.npz
+    """
+    from detok_pipe.latents.sample_store import open_sample_store
+    from detok_pipe.pipelines.export_images import export_images as export
+    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+
+    processes = open_processes(device)
+    store = open_sample_store(samples)
+    decoder = find_tokenizer(
+        store.identity["tokenizer"],
+        Path(store.extra["generator_run"]),
+        tokenizer,
+        device=processes.device,
+    )
+    count = processes.on_main(
+        lambda: export(
+            store,
+            decoder,
+            out,
+            form=form or ("npz" if out.suffix == ".npz" else "png"),
+            count=num,
+            batch_size=batch_size,
+            quiet=quiet,
+        )
+    )
+    if processes.is_main:
+        click.echo(f"{count:,} images in {out}")
