@@ -62,6 +62,8 @@ class TokenizerConfig:
     encoder: str = "base"
     """A named size (small, base, large, xl) or ``width,depth,heads``; likewise ``decoder``."""
     decoder: str = "base"
+    identity_output: bool = False
+    """Start the last convolution as the identity: for runs of few steps."""
     # Corruption in training.
     noise: Literal["interpolative", "additive"] = "interpolative"
     gamma: float = 3.0

@@ -73,6 +73,7 @@ def build_tokenizer(config: TokenizerConfig) -> LDeTok:
         channels=config.channels,
         encoder=config.encoder,
         decoder=config.decoder,
+        identity_output=config.identity_output,
     )
 
 

@@ -284,3 +284,16 @@ def test_inputs_of_another_shape_are_refused() -> None:
             call(turned)
     with pytest.raises(MismatchError, match=r"latents of shape \(11, 3\).*\(12, 3\)"):
         model.decode(torch.zeros(1, 11, 3))
+
+
+def test_an_identity_output_passes_the_decoder_through_at_first():
+    model = LDeTok(
+        image_size=16,
+        patch_size=8,
+        channels=4,
+        encoder="16,1,2",
+        decoder="16,1,2",
+        identity_output=True,
+    )
+    image = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(model.decoder.conv_out(image), image)

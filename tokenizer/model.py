@@ -119,6 +119,8 @@ class LDeTok(nn.Module):
         channels: C, of a token's latent.
         encoder, decoder: "small", "base", "large", "xl", or width, depth, heads as a tuple or
             a text "128,4,4".
+        identity_output: start the last convolution as the identity instead of the published
+            small numbers, through which a short training learns slowly.
 
     Attributes:
         grid: (rows, columns) of tokens. tokens: N = rows * columns. channels: C.
@@ -135,6 +137,7 @@ class LDeTok(nn.Module):
         channels: int = 16,
         encoder: str | tuple[int, int, int] = "base",
         decoder: str | tuple[int, int, int] = "base",
+        identity_output: bool = False,
     ) -> None:
         super().__init__()
         height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
@@ -147,6 +150,8 @@ class LDeTok(nn.Module):
         self.encoder = Encoder(self.grid, patch_size, channels, Size.parse(encoder))
         self.decoder = Decoder(self.grid, patch_size, channels, Size.parse(decoder))
         self.apply(_initialise)
+        if identity_output:
+            nn.init.dirac_(self.decoder.conv_out.weight)
 
     def encode_moments(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> (B, N, 2C): means, then log variances.
