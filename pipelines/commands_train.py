@@ -303,12 +303,15 @@ def presets(name: str | None) -> None:
             ("generators (train-gen)", table.GENERATOR_PRESETS),
         ):
             click.echo(f"{kind}:")
-            for preset, recipe in entries.items():
-                click.echo(f"  {preset:20} {(recipe.__doc__ or '').splitlines()[0]}")
+            for preset, described in entries.items():
+                click.echo(f"  {preset:20} {(described.__doc__ or '').splitlines()[0]}")
         others = sorted(set(table.generator_names()) - table.GENERATOR_PRESETS.keys())
         click.echo(f"other generators, with the common recipe: {', '.join(others)}")
         return
-    recipe = table.TOKENIZER_PRESETS.get(name) or table.GENERATOR_PRESETS.get(name)
+    recipe: Callable[[], Any] | None = {
+        **table.TOKENIZER_PRESETS,
+        **table.GENERATOR_PRESETS,
+    }.get(name)
     if recipe is not None:
         click.echo(inspect.getdoc(recipe))
     config = recipe() if recipe is not None else table.generator_preset(name)

@@ -1,6 +1,7 @@
 """Which device computes, and in which precision: as asked for, checked, or the best here."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -33,6 +34,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         return precision
     if device.type == "cpu":
         # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("amx_bf16") else "fp32"
     return "bf16" if device.type == "cuda" else "fp32"

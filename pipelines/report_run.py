@@ -245,6 +245,7 @@ def _scores(facts: RunFacts) -> list[Block]:
 
 def _origin(facts: RunFacts) -> list[Block]:
     record = facts.record
+    names = record.get("latents", {}).get("class_names", [])
     latents = {
         k: v for k, v in record.get("latents", {}).items() if k not in ("class_names", "stats")
     }
@@ -256,7 +257,7 @@ def _origin(facts: RunFacts) -> list[Block]:
                 "All settings of sweep and scores": facts.sweep_settings,
                 "Tokenizer": record.get("tokenizer", {}),
                 "Latent statistics": record.get("latents", {}).get("stats", {}),
-                "Classes": dict(enumerate(record.get("latents", {}).get("class_names", []))),
+                "Classes": {str(label): name for label, name in enumerate(names)},
                 "Versions": record.get("versions", {}),
             }
         ),
