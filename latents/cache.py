@@ -15,7 +15,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import torch
 
 from detok_pipe.latents.errors import CacheError
 from detok_pipe.latents.manifest import MANIFEST, Manifest, check_file, read_manifest
@@ -79,8 +78,7 @@ class LatentCache:
         """
         self.check_array(view, field)
         rows = np.asarray(indices, np.int64).reshape(-1)
-        out = torch.empty((len(rows), self.tokens, self.channels), dtype=torch.float16)
-        return self.reader.read_into([f"{view}/{field}"], rows, out).numpy()
+        return self.reader.read([f"{view}/{field}"], rows)
 
     def check_array(self, view: str, field: str) -> None:
         """Checks that a view and field are stored.

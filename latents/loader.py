@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,8 @@ from detok_pipe.latents.order import (
     BlockOrder,
     SampleOrder,
 )
+
+_ROWS_A_READ = 1024
 
 Mode = Literal["auto", "resident", "block"]
 
@@ -67,7 +70,7 @@ class LatentLoader:
         views: which stored views to draw from; all by default.
         sample_posterior: draw from the posterior; otherwise take its mean.
         subset: row numbers to train on (for some classes, a limit, held-out rows); all by default.
-        prefetch: batches read ahead.
+        prefetch: batches read ahead, at least.
         mode: "resident" reads all files once, then shuffles all rows: right when they fit into
             memory; "block" keeps reads local. "auto" takes the first when the bytes in use fit
             half of it.
@@ -216,9 +219,10 @@ class LatentLoader:
 
     def _ask(self, order: BlockOrder, epoch: int, window: int, block: int) -> None:
         lanes = np.arange(LANES // self.world) * self.world + self.rank - epoch * order.n
+        columns = order.window(epoch, window)
         for lane in (lanes % LANES).tolist():
-            rows = np.sort(order.window(epoch, lane, window))
-            rows = rows[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
+            rows = columns[:, lane]
+            rows = np.sort(rows[rows >= 0])[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
             if self._subset is not None:
                 rows = self._subset[rows]
             for view in self.views:
@@ -227,79 +231,116 @@ class LatentLoader:
                         self.cache.reader.will_need(f"{view}/{field}", rows)
 
     def __iter__(self) -> Iterator[Batch]:
-        slots = [_Slot(self) for _ in range(self.prefetch + 1)]
+        with closing(self.host_batches()) as batches:
+            for batch in batches:
+                made = batch.to_device(self)
+                self._position += self.global_batch
+                yield made
+
+    def host_batches(self) -> Generator[HostBatch, None, None]:
+        """The same stream before it goes to the device; what it hands out is not counted as
+        consumed, and is overwritten once the next one is asked for."""
+        local = self.global_batch // self.world
+        # Small batches are read several at a time, which halves what Python adds to the copying;
+        # where each read takes new memory, fewer are faster.
+        group = -(-_ROWS_A_READ * (2 if self.cache.reader.dense else 1) // local)
+        buffers = [_Buffers(self, group) for _ in range(-(-self.prefetch // group) + 2)]
         ahead = self._position
-        waiting: deque[Future[_Slot]] = deque()
+        waiting: deque[Future[_Buffers]] = deque()
         pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
         try:
             if self.mode == "resident":
                 pool.submit(self.cache.reader.warm, self.rank)
             while True:
-                while len(waiting) < self.prefetch:
-                    waiting.append(pool.submit(slots.pop(0).fill, ahead))
-                    ahead += self.global_batch
-                slot = waiting.popleft().result()
-                batch = slot.batch()
-                slots.append(slot)
-                self._position += self.global_batch
-                yield batch
+                while len(buffers) > 1:
+                    waiting.append(pool.submit(buffers.pop(0).fill, ahead))
+                    ahead += group * self.global_batch
+                filled = waiting.popleft().result()
+                yield from filled.batches()
+                buffers.append(filled)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Slot:
-    """Buffers of one batch, pinned for a CUDA device, used again and again."""
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch on the host.
 
-    def __init__(self, loader: LatentLoader) -> None:
+    Attributes:
+        arrays: "mean", and "std" where posteriors are sampled: (b, N, C) fp16.
+        numbers: labels, positions and rows, (3, b) int64.
+    """
+
+    arrays: dict[str, Tensor]
+    numbers: Tensor
+
+    def to_device(self, loader: LatentLoader) -> Batch:
+        """The batch on the loader's device, its views' posteriors drawn."""
+        arrays = {k: v.to(loader.device, non_blocking=True) for k, v in self.arrays.items()}
+        numbers = self.numbers.to(loader.device, non_blocking=True, copy=True)
+        condition, ids, rows = numbers.unbind(0)
+        z = arrays["mean"].to(torch.float32)  # (b, N, C), a copy
+        if "std" in arrays:
+            eps = Noise(loader.seed, ids, device=loader.device).normal("posterior", z.shape[1:])
+            z.addcmul_(arrays["std"].to(torch.float32), eps)
+        return Batch(z, condition, ids, rows)
+
+
+class _Buffers:
+    """Room for some consecutive batches, pinned for a CUDA device, used again and again."""
+
+    def __init__(self, loader: LatentLoader, group: int) -> None:
         self._loader = loader
+        self._group = group
         cache = loader.cache
-        size = loader.global_batch // loader.world
+        size = group * loader.global_batch // loader.world
         pinned = loader.device.type == "cuda"
-        self._buffers = {
-            field: torch.empty(
-                (size, cache.tokens, cache.channels), dtype=torch.float16, pin_memory=pinned
-            )
+        shape = (size, cache.tokens, cache.channels)
+        self._arrays = {
+            field: torch.empty(shape, dtype=torch.float16, pin_memory=pinned)
             for field in loader._fields
         }
-        self._numbers = torch.empty((3, size), dtype=torch.int64, pin_memory=pinned)
-        self._copied: torch.cuda.Event | None = None  # when the device has its copy
+        self._numbers = torch.empty((group, 3, size // group), dtype=torch.int64, pin_memory=pinned)
+        # Without pinned memory, a buffer is of use only where rows can be taken straight into it.
+        self._reuse = pinned or cache.reader.dense
+        self._copied: torch.cuda.Event | None = None  # when the device has its copies
 
-    def fill(self, position: int) -> _Slot:
-        """Reads the batch at a position into the buffers; runs on the reading thread."""
+    def fill(self, position: int) -> _Buffers:
+        """Reads the batches from a position on; runs on the reading thread."""
         if self._copied is not None:
             self._copied.synchronize()
         loader = self._loader
-        positions = loader.positions(position)
+        step = loader.global_batch
+        steps = position + step * np.arange(self._group, dtype=np.int64)
+        positions = (steps[:, None] + loader.positions(0)).reshape(-1)
         rows = loader._order.at(positions)
+        if loader.mode == "block":
+            loader._read_ahead(positions)
         if loader._subset is not None:
             rows = loader._subset[rows]
         choice = None
         if len(loader.views) > 1:
             draws = Noise(loader.seed, torch.from_numpy(positions)).uniform("view", ())
             choice = (draws.numpy() * len(loader.views)).astype(np.int64)
-        if loader.mode == "block":
-            loader._read_ahead(positions)
         reader = loader.cache.reader
-        for field, buffer in self._buffers.items():
-            reader.read_into([f"{v}/{field}" for v in loader.views], rows, buffer, choice)
-        labels = loader.cache.labels[rows]
-        for number, values in enumerate((labels, positions, rows)):
-            self._numbers[number] = torch.from_numpy(values)
+        for field, buffer in self._arrays.items():
+            names = [f"{view}/{field}" for view in loader.views]
+            out = buffer.numpy() if self._reuse else None
+            found = reader.read(names, rows, choice, out)
+            if not self._reuse:
+                self._arrays[field] = torch.from_numpy(found)
+        for column, values in enumerate((loader.cache.labels[rows], positions, rows)):
+            self._numbers[:, column] = torch.from_numpy(values).view(self._group, -1)
         return self
 
-    def batch(self) -> Batch:
-        """The batch on the device; the buffers may be filled again afterwards."""
-        device = self._loader.device
-        arrays = {k: v.to(device, non_blocking=True) for k, v in self._buffers.items()}
-        condition, ids, rows = self._numbers.to(device, non_blocking=True, copy=True).unbind(0)
-        if device.type == "cuda":
+    def batches(self) -> Iterator[HostBatch]:
+        """The batches, by turns; afterwards the buffers may be filled again."""
+        for number, numbers in enumerate(self._numbers):
+            rows = slice(number * numbers.shape[1], (number + 1) * numbers.shape[1])
+            yield HostBatch({f: values[rows] for f, values in self._arrays.items()}, numbers)
+        if self._loader.device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record()
-        z = arrays["mean"].to(torch.float32)  # (b, N, C), a copy
-        if "std" in arrays:
-            eps = Noise(self._loader.seed, ids, device=device).normal("posterior", z.shape[1:])
-            z.addcmul_(arrays["std"].to(torch.float32), eps)
-        return Batch(z, condition, ids, rows)
 
 
 def _checked_subset(cache: LatentCache, subset: np.ndarray | None) -> np.ndarray | None:

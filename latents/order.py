@@ -127,7 +127,7 @@ class BlockOrder:
         sizes = (n - np.arange(LANES) + LANES - 1) // LANES
         self._starts = np.concatenate([[0], np.cumsum(np.maximum(sizes, 0))])
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._windows: dict[tuple[int, int, int], np.ndarray] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permuted blocks and the place where each begins in the dealt sequence."""
@@ -141,34 +141,36 @@ class BlockOrder:
             self._blocks[epoch] = found
         return found
 
-    def window(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        """The rows (W,) int64 of one window of a lane, in the order they are read out."""
-        key = (epoch, lane, window)
-        found = self._windows.get(key)
+    def window(self, epoch: int, window: int) -> np.ndarray:
+        """The rows (W, 64) int64 of one window of all lanes, in the order they are read out; -1
+        behind the end of the last window."""
+        found = self._windows.get((epoch, window))
         if found is None:
             length = WINDOW_BLOCKS * BLOCK_ROWS
-            start = self._starts[lane] + window * length
-            places = np.arange(start, min(start + length, self._starts[lane + 1]))
             blocks, begins = self._sequence(epoch)
-            block = np.searchsorted(begins, places, side="right") - 1
-            rows = blocks[block] * BLOCK_ROWS + places - begins[block]
-            number = (epoch * LANES + lane) << 24 | window
-            found = rows[permutation(len(rows), self.seed, WINDOW_ORDER, number)]
-            while len(self._windows) >= 3 * LANES:
+            found = np.full((length, LANES), -1, np.int64)
+            for lane in range(LANES):
+                start = self._starts[lane] + window * length
+                places = np.arange(start, min(start + length, self._starts[lane + 1]))
+                block = np.searchsorted(begins, places, side="right") - 1
+                rows = blocks[block] * BLOCK_ROWS + places - begins[block]
+                number = (epoch * LANES + lane) << 24 | window
+                mixed = permutation(len(rows), self.seed, WINDOW_ORDER, number)
+                found[: len(rows), lane] = rows[mixed]
+            while len(self._windows) > 2:
                 del self._windows[next(iter(self._windows))]
-            self._windows[key] = found
+            self._windows[epoch, window] = found
         return found
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Rows (B,) int64 at stream positions (B,) int64 >= 0."""
         positions = np.asarray(positions, np.int64)
         epochs, offsets = np.divmod(positions, self.n)
-        entries, lanes = np.divmod(offsets, LANES)
-        windows, within = np.divmod(entries, WINDOW_BLOCKS * BLOCK_ROWS)
+        windows, within = np.divmod(offsets, LANES * WINDOW_BLOCKS * BLOCK_ROWS)
         rows = np.empty_like(positions)
-        keys = np.stack([epochs, lanes, windows], axis=1)
-        for key in np.unique(keys, axis=0):
-            here = (keys == key).all(1)
-            epoch, lane, window = (int(k) for k in key)
-            rows[here] = self.window(epoch, lane, window)[within[here]]
+        for epoch in np.unique(epochs).tolist():
+            for window in np.unique(windows[epochs == epoch]).tolist():
+                here = (epochs == epoch) & (windows == window)
+                # Entry e // 64 of lane e % 64, in a table of 64 columns, is number e.
+                rows[here] = self.window(epoch, window).reshape(-1)[within[here]]
         return rows

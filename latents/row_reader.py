@@ -1,9 +1,9 @@
 """Rows of a cache, straight from its files' pages: one reader for both formats.
 
 All files of a cache are mapped into one range of addresses (each to its own page-aligned place in
-it). A row is then a number of units from the range's beginning, and a batch is a single
-``torch.index_select`` over a strided view, whatever the number of files, which runs without
-Python's global lock and at the speed of a plain memory map. Needs a POSIX system.
+it). A row is then a number of units from the range's beginning, and a batch is a single indexing
+of a strided view, whatever the number of files, which runs without Python's global lock and at the
+speed of a plain memory map. Needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from detok_pipe.latents.errors import CacheError
 from detok_pipe.latents.manifest import Extent, Manifest
@@ -43,13 +41,13 @@ def _libc() -> ctypes.CDLL:
 
 
 class _Mapping:
-    """Files, read-only, at page-aligned places of one range of addresses."""
+    """Files, read-only, at aligned places of one range of addresses."""
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int], alignment: int) -> None:
         self._libc = _libc()
-        places = [-(-size // _PAGE) * _PAGE for size in sizes]
+        places = [-(-size // alignment) * alignment for size in sizes]
         self.starts = np.concatenate([[0], np.cumsum(places)]).astype(np.int64)
-        self.length = max(int(self.starts[-1]), _PAGE)
+        self.length = int(self.starts[-1])
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.base = self._map(None, self.length, _PROT_NONE, anonymous, -1, "addresses")
         # Not at the interpreter's exit, when a thread may still be reading.
@@ -72,10 +70,10 @@ class _Mapping:
             raise CacheError(f"cannot map {what}: {os.strerror(ctypes.get_errno())}")
         return int(found)
 
-    def tensor(self) -> Tensor:
+    def array(self) -> np.ndarray:
         """The whole range, uint8. Valid while this object lives."""
         buffer = (ctypes.c_uint8 * self.length).from_address(self.base)
-        return torch.frombuffer(buffer, dtype=torch.uint8)
+        return np.frombuffer(buffer, np.uint8)
 
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to read a range from the disk, without waiting for it."""
@@ -109,39 +107,34 @@ class RowReader:
         used = {extent.file for extents in manifest.arrays.values() for extent in extents}
         files = [record for record in manifest.files if record.path in used]
         self._files = [folder / record.path for record in files]
-        self._mapping = _Mapping(self._files, [record.bytes for record in files])
+        alignment = math.lcm(_PAGE, self._row_bytes)
+        self._mapping = _Mapping(self._files, [record.bytes for record in files], alignment)
         starts = {r.path: int(s) for r, s in zip(files, self._mapping.starts, strict=False)}
         self._arrays = {
             name: _Array(extents, [starts[e.file] + e.offset for e in extents])
             for name, extents in manifest.arrays.items()
         }
-        units = {_PAGE, self._row_bytes}
+        units = {alignment, self._row_bytes}
         for array in self._arrays.values():
             units.update(array.offsets.tolist(), array.strides.tolist())
         self._unit = math.gcd(*units)
         if self._unit % 2:
             raise CacheError(f"{folder}: rows at odd byte offsets are not supported")
+        # Whether rows lie at multiples of their size: an ordinary matrix, whose rows can be taken
+        # into a buffer that is there already.
+        self.dense = self._unit == self._row_bytes
         steps = (self._mapping.length - self._row_bytes) // self._unit + 1
-        self._rows = torch.as_strided(
-            self._mapping.tensor().view(torch.float16),
+        self._rows = np.lib.stride_tricks.as_strided(
+            self._mapping.array().view(np.float16),
             (steps, self._row_bytes // 2),
-            (self._unit // 2, 1),
+            (self._unit, 2),
+            writeable=False,
         )
 
-    def read_into(
-        self, arrays: Sequence[str], rows: np.ndarray, out: Tensor, choice: np.ndarray | None = None
-    ) -> Tensor:
-        """Copies rows into ``out``.
-
-        Args:
-            arrays: names, "view/field".
-            rows: (B,) integers, in any order.
-            out: (B, N, C) float16 on the CPU, contiguous.
-            choice: (B,) which of ``arrays`` to take each row from; the first where it is None.
-
-        Raises:
-            IndexError: a row is not in [0, count).
-        """
+    def _units(
+        self, arrays: Sequence[str], rows: np.ndarray, choice: np.ndarray | None
+    ) -> np.ndarray:
+        """Where rows begin, (B,) int64 in units."""
         rows = np.asarray(rows, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.count):
             raise IndexError(f"row {rows.min()} or {rows.max()} is not in [0, {self.count})")
@@ -149,10 +142,36 @@ class RowReader:
         for number, name in enumerate(arrays[1:] if choice is not None else (), start=1):
             here = choice == number
             places[here] = self._arrays[name].bytes_at(rows[here], self._row_bytes)
-        units = torch.from_numpy(places // self._unit)
-        flat = out.view(len(rows), self._row_bytes // 2)
-        torch.index_select(self._rows, 0, units, out=flat)
-        return out
+        return places // self._unit
+
+    def read(
+        self,
+        arrays: Sequence[str],
+        rows: np.ndarray,
+        choice: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """A copy of rows, (B, N, C) float16.
+
+        Args:
+            arrays: names, "view/field".
+            rows: (B,) integers, in any order.
+            choice: (B,) which of ``arrays`` to take each row from; the first where it is None.
+            out: where to copy to, contiguous; a new array by default.
+
+        Raises:
+            IndexError: a row is not in [0, count).
+        """
+        units = self._units(arrays, rows, choice)
+        flat = None if out is None else out.reshape(len(units), -1)
+        if self.dense:
+            # Checked above; mode "raise" would copy twice.
+            flat = np.take(self._rows, units, axis=0, out=flat, mode="clip")
+        elif flat is None:
+            flat = self._rows[units]
+        else:
+            flat[:] = self._rows[units]
+        return flat.reshape(-1, *self.row_shape)
 
     def will_need(self, array: str, rows: np.ndarray) -> None:
         """Begins to read blocks of consecutive rows from the disk, without waiting for them.

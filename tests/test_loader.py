@@ -176,7 +176,7 @@ def test_a_failed_read_reaches_the_training_loop(cache, monkeypatch):
         raise OSError("disk on fire")
 
     loader = LatentLoader(cache, 8, 0)
-    monkeypatch.setattr(type(cache.reader), "read_into", broken)
+    monkeypatch.setattr(type(cache.reader), "read", broken)
     with pytest.raises(OSError, match="on fire"):
         next(iter(loader))
 
