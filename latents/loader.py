@@ -276,8 +276,10 @@ class HostBatch:
 
     def to_device(self, loader: LatentLoader) -> Batch:
         """The batch on the loader's device, its views' posteriors drawn."""
-        arrays = {k: v.to(loader.device, non_blocking=True) for k, v in self.arrays.items()}
-        numbers = self.numbers.to(loader.device, non_blocking=True, copy=True)
+        # Elsewhere than on CUDA nothing would tell when a copy in flight is through.
+        later = loader.device.type == "cuda"
+        arrays = {k: v.to(loader.device, non_blocking=later) for k, v in self.arrays.items()}
+        numbers = self.numbers.to(loader.device, non_blocking=later, copy=True)
         condition, ids, rows = numbers.unbind(0)
         z = arrays["mean"].to(torch.float32)  # (b, N, C), a copy
         if "std" in arrays:

@@ -45,7 +45,8 @@ from detok_pipe.latents.publish import (
 from detok_pipe.latents.raw_rows import RawRows, dense_rows
 from detok_pipe.latents.stats import StatsAccumulator
 
-Moments = Mapping[str, tuple[np.ndarray, np.ndarray]]  # view -> (mean, std), each (R, N, C)
+# view -> (mean, std), each (R, N, C); the std may be None in a plan without it
+Moments = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
 
 
 class CacheWriter:

@@ -1,0 +1,135 @@
+"""Caches of other projects come in exactly; what is broken in them is quarantined."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from detok_pipe.latents.cache import open_cache
+from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.import_cache import import_cache
+from detok_pipe.latents.loader import LatentLoader
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.latents.verify import verify
+
+COUNT = 21
+RNG = np.random.default_rng(0)
+MEAN = RNG.standard_normal((2, COUNT, 4, 3, 2)).astype(np.float32)
+LOGVAR = RNG.uniform(-8, 0, (2, COUNT, 4, 3, 2)).astype(np.float32)
+LABELS = np.arange(COUNT) % 3
+
+
+def tokens(values):
+    """(R, C, h, w) -> (R, N, C)."""
+    return values.reshape(len(values), 4, 6).transpose(0, 2, 1)
+
+
+def mar(root):
+    for i in range(COUNT):
+        folder = root / f"n{LABELS[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        both = [np.concatenate([MEAN[v, i], LOGVAR[v, i]]) for v in range(2)]
+        np.savez(folder / f"{i:03d}.JPEG.npz", moments=both[0], moments_flip=both[1])
+
+
+def lightningdit(root):
+    root.mkdir()
+    for k, rows in enumerate(np.array_split(np.arange(COUNT), 4)):
+        save_file(
+            {"latents": MEAN[0, rows], "latents_flip": MEAN[1, rows], "labels": LABELS[rows]},
+            root / f"latents_rank00_shard{k:03d}.safetensors",
+        )
+
+
+def edm2(root):
+    listed = []
+    for i in range(COUNT):
+        name = f"{i // 10:05d}/img-mean-std-{i:08d}.npy"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / name, np.concatenate([MEAN[0, i], np.exp(0.5 * LOGVAR[0, i])]))
+        listed.append([name, int(LABELS[i])])
+    (root / "dataset.json").write_text(json.dumps({"labels": listed}))
+
+
+@pytest.mark.parametrize("make", [mar, lightningdit, edm2])
+@pytest.mark.parametrize("store_format", ["webdataset", "zarr"])
+def test_rows_come_in_exactly(tmp_path, make, store_format):
+    make(tmp_path / "theirs")
+    import_cache(
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        stats=LatentStats.identity(4),
+        store_format=store_format,
+        shards=3,
+        rows_per_record=4,
+    )
+    assert verify(tmp_path / "ours") == []
+    cache = open_cache(tmp_path / "ours")
+    assert (cache.num_rows, cache.grid, cache.channels, cache.num_classes) == (COUNT, (3, 2), 4, 3)
+    paths = [
+        json.loads(x)["path"]
+        for x in (tmp_path / "ours" / "sources.jsonl").read_text().split("\n")[:-1]
+    ]
+    number = {"mar": lambda p: int(p[3:6]), "edm2": lambda p: int(p[-12:-4])}.get(make.__name__)
+    ids = [number(paths[i]) if number else i for i in cache.source_ids]
+    assert sorted(ids) == list(range(COUNT))
+    np.testing.assert_array_equal(cache.labels, LABELS[ids])
+    rows = np.arange(COUNT)
+    for v, view in enumerate(cache.views):
+        wanted = tokens(MEAN[v, ids]).astype(np.float16)
+        np.testing.assert_array_equal(cache.rows(rows, view), wanted)
+        if make is not lightningdit:
+            std = tokens(np.exp(0.5 * LOGVAR[v, ids])).astype(np.float16)
+            np.testing.assert_array_equal(cache.rows(rows, view, "std"), std)
+    assert cache.views == (("image",) if make is edm2 else ("image", "mirror"))
+    assert cache.has_posterior == (make is not lightningdit)
+    loader = LatentLoader(cache, 4, 0, sample_posterior=cache.has_posterior)
+    assert next(iter(loader)).z.shape == (4, 6, 4)
+
+
+def test_broken_items_are_quarantined_and_their_own_statistics_used(tmp_path):
+    mar(tmp_path / "theirs")
+    files = sorted((tmp_path / "theirs").rglob("*.npz"))
+    files[2].write_bytes(files[2].read_bytes()[:50])
+    np.savez(files[3], moments=np.zeros((8, 3, 2), np.float32))
+    np.savez(files[4], moments=np.zeros((8, 9, 9), np.float32), moments_flip=np.zeros((8, 9, 9)))
+    np.savez(files[5], moments=np.array([{}], object), moments_flip=np.zeros((8, 3, 2)))
+    nan = np.full((8, 3, 2), np.nan, np.float32)
+    np.savez(files[6], moments=nan, moments_flip=nan)
+    manifest = import_cache(tmp_path / "theirs", tmp_path / "ours", rows_per_record=4)
+    assert (manifest.count, manifest.quarantined) == (COUNT - 5, 5)
+    lines = (tmp_path / "ours" / "quarantine.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    for reason, part in zip(
+        reasons,
+        ["zip", "moments_flip", "shape (4, 9, 9)", "allow_pickle", "not finite"],
+        strict=True,
+    ):
+        assert part in reason
+    cache = open_cache(tmp_path / "ours")
+    written = np.concatenate([cache.rows(range(cache.num_rows), v) for v in cache.views])
+    np.testing.assert_allclose(written.reshape(-1, 4).std(0, dtype=np.float64), 1, atol=1e-3)
+    assert verify(tmp_path / "ours") == []
+
+
+def test_nothing_to_import(tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        import_cache(tmp_path / "none", tmp_path / "ours")
+    with pytest.raises(InputError, match=r"neither \.npz files"):
+        import_cache(tmp_path, tmp_path / "ours")
+    (tmp_path / "x.npz").write_bytes(b"")
+    with pytest.raises(InputError, match="none of 1 items can be read"):
+        import_cache(tmp_path, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_processes_share_the_work(tmp_path):
+    mar(tmp_path / "theirs")
+    settings = {"shards": 3, "rows_per_record": 4}
+    done = [
+        import_cache(tmp_path / "theirs", tmp_path / "two", rank=r, world=2, **settings)
+        for r in (1, 0)
+    ]
+    assert done[0] is None
+    assert done[1] == import_cache(tmp_path / "theirs", tmp_path / "one", **settings)
