@@ -16,8 +16,9 @@ from detok_pipe.pipelines.cli_options import FOLDER, device_option, quiet_option
 )
 @click.option(
     "--preset",
-    type=click.Choice(["cpu", "fast", "gpu"]),
-    help="Size of everything. Default: gpu where there is one, else cpu.",
+    type=click.Choice(["cpu", "cpu-fp32", "fast", "gpu"]),
+    help="Size of everything. Default: gpu where there is one, else cpu, or cpu-fp32 (fewer "
+    "steps) on a processor without fast bf16.",
 )
 @click.option("--fast", is_flag=True, help="The same as --preset fast: a minute, and it looks it.")
 @seed_option
@@ -42,14 +43,19 @@ def quickstart(
 
     from detok_pipe.latents.errors import ConfigError
     from detok_pipe.pipelines.demo_presets import DEMOS
-    from detok_pipe.pipelines.devices import resolve_device
+    from detok_pipe.pipelines.devices import resolve_device, resolve_precision
     from detok_pipe.pipelines.quickstart import Quickstart
     from detok_pipe.pipelines.quickstart_page import summary
 
     if fast and preset not in (None, "fast"):
         raise ConfigError(f"--fast is --preset fast; it does not go with --preset {preset}")
     chosen_device = resolve_device(device)
-    chosen = "fast" if fast else preset or ("gpu" if chosen_device.type == "cuda" else "cpu")
+    chosen = "fast" if fast else preset
+    if chosen is None and chosen_device.type == "cuda":
+        chosen = "gpu"
+    elif chosen is None:
+        fast_bf16 = resolve_precision("auto", chosen_device) == "bf16"
+        chosen = "cpu" if fast_bf16 else "cpu-fp32"
     out = out or Path("runs/quickstart-fast" if chosen == "fast" else "runs/quickstart")
     torch.set_flush_denormal(True)
     Quickstart(out, chosen, DEMOS[chosen], seed=seed, device=chosen_device, quiet=quiet).run()

@@ -47,7 +47,7 @@ def test_every_stage_runs_and_a_second_run_does_nothing(tmp_path):
     page = quickstart()
     text = page.read_text()
     assert "Flags" in text
-    assert "src=\"http" not in text
+    assert 'src="http' not in text
     for picture in ("reconstructions", "samples", "samples-by-scale", "sweep", "generator-loss"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 1000
     stages = json.loads((tmp_path / STAGES).read_text())
