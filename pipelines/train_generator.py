@@ -1,6 +1,5 @@
 """Stage two: train a generator from a latent cache."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from detok_pipe.pipelines.config import (
     to_json,
     unknown_name,
 )
-from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.run_directory import latest_checkpoint
 from detok_pipe.pipelines.training import (
     Parts,
@@ -30,8 +28,8 @@ from detok_pipe.pipelines.training import (
     ema_decay,
     fit,
     learning_rate,
-    make_accelerator,
     opened_run,
+    start,
 )
 
 
@@ -101,20 +99,11 @@ def train_generator(
             ``open_run``.
     """
     cache = open_cache(latents)
-    accelerator = make_accelerator(config.precision, execution, out)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    precision = resolve_precision(config.precision, accelerator.device)
-    config = dataclasses.replace(config, precision=precision)
-    if config.global_batch % world:
-        raise ConfigError(
-            f"global_batch {config.global_batch} is no multiple of the {world} processes"
-        )
+    accelerator, config = start(config, execution, out)
     rows = subset(cache, config)
     images = cache.num_rows if rows is None else len(rows)
     steps = duration_in_steps(config.duration, images=images, global_batch=config.global_batch)
 
-    torch.set_flush_denormal(True)
-    torch.manual_seed(config.seed)
     model = _build(config, cache).to(accelerator.device)
     ema = AveragedModel(model)
     optimizer = torch.optim.AdamW(
@@ -128,8 +117,8 @@ def train_generator(
         cache,
         config.global_batch,
         config.seed,
-        rank=rank,
-        world=world,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
         device=accelerator.device,
         views=config.views,
         sample_posterior=config.sample_posterior,

@@ -1,6 +1,5 @@
 """Stage one: train an l-DeTok tokenizer on images."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_steps, to_json
-from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.perceptual import perceptual_term
@@ -24,8 +21,8 @@ from detok_pipe.pipelines.training import (
     ema_decay,
     fit,
     learning_rate,
-    make_accelerator,
     opened_run,
+    start,
 )
 from detok_pipe.tokenizer.losses import reconstruction_losses
 from detok_pipe.tokenizer.model import parameter_groups
@@ -73,21 +70,11 @@ def train_tokenizer(
             ``open_run``.
     """
     source = open_images(data)
-    accelerator = make_accelerator(config.precision, execution, out)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    precision = resolve_precision(config.precision, accelerator.device)
-    config = dataclasses.replace(config, precision=precision)
-    if config.global_batch % world:
-        raise ConfigError(
-            f"global_batch {config.global_batch} is no multiple of the {world} processes"
-        )
+    accelerator, config = start(config, execution, out)
     steps = duration_in_steps(config.duration, images=len(source), global_batch=config.global_batch)
     device = accelerator.device
-    perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
-
-    torch.set_flush_denormal(True)
-    torch.manual_seed(config.seed)
     model = build_tokenizer(config).to(device)
+    perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
     ema = AveragedModel(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
@@ -97,8 +84,8 @@ def train_tokenizer(
         config.image_size,
         config.global_batch,
         config.seed,
-        rank=rank,
-        world=world,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
         device=device,
         flip=config.flip,
     )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detok_pipe.latents.errors import ConfigError, Interrupted, NonFiniteError
-from detok_pipe.pipelines.config import Execution, Precision
+from detok_pipe.pipelines.config import Config, Execution, Precision
 from detok_pipe.pipelines.devices import resolve_device, resolve_precision
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.run_directory import (
@@ -87,6 +87,25 @@ def make_accelerator(
         )
     except ValueError as error:
         raise ConfigError(f"trackers {','.join(execution.trackers)}: {error}") from error
+
+
+def start(config: Config, execution: Execution, out: Path) -> tuple[Accelerator, Config]:
+    """What every training begins with: Accelerate, the resolved configuration, torch's seed.
+
+    Raises:
+        ConfigError: the global batch does not divide among the processes; see also
+            :func:`make_accelerator`.
+    """
+    accelerator = make_accelerator(config.precision, execution, out)
+    world = accelerator.num_processes
+    if config.global_batch % world:
+        raise ConfigError(
+            f"global_batch {config.global_batch} is no multiple of the {world} processes"
+        )
+    torch.set_flush_denormal(True)
+    torch.manual_seed(config.seed)
+    precision = resolve_precision(config.precision, accelerator.device)
+    return accelerator, dataclasses.replace(config, precision=precision)
 
 
 def learning_rate(
