@@ -73,7 +73,7 @@ class _Mapping:
     def array(self) -> np.ndarray:
         """The whole range, uint8. Valid while this object lives."""
         buffer = (ctypes.c_uint8 * self.length).from_address(self.base)
-        return np.frombuffer(buffer, np.uint8)
+        return np.ctypeslib.as_array(buffer)
 
     def will_need(self, start: int, stop: int) -> None:
         """Asks the system to read a range from the disk, without waiting for it."""
