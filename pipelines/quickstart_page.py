@@ -184,7 +184,7 @@ class _Gatherer:
             open_sample_store(final_path(sweep_folder, result["best"]))
         )
         return GeneratorFacts(
-            name=f"a small MAR ({quickstart.demo.generator.model['width']} wide)",
+            name=f"A small MAR ({quickstart.demo.generator.model['width']} wide)",
             parameters=read_config(run, "generator")["parameters"],
             curves=plots.curves_from_metrics("MAR", read_metrics(run)),
             sweep=sweep_curves(result)[0],
