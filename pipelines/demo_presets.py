@@ -87,13 +87,13 @@ CPU_FP32 = dataclasses.replace(
 FAST = dataclasses.replace(
     CPU,
     tokenizer=dataclasses.replace(
-        CPU.tokenizer, encoder="128,2,4", decoder="128,3,4", duration="150 steps"
+        CPU.tokenizer, encoder="128,2,4", decoder="128,3,4", duration="120 steps"
     ),
-    generator=dataclasses.replace(CPU.generator, duration="120 steps"),
+    generator=dataclasses.replace(CPU.generator, duration="80 steps"),
     sampling=dataclasses.replace(CPU.sampling, steps=12, iterations=8),
     scales=(1.0, 2.0),
-    sweep_count=60,
-    final_count=100,
+    sweep_count=40,
+    final_count=60,
 )
 
 GPU = Demo(
