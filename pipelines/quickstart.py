@@ -25,6 +25,7 @@ from detok_pipe.latents.cache import LatentCache, open_cache
 from detok_pipe.latents.convert import convert
 from detok_pipe.latents.errors import CacheError, MismatchError
 from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.plan import first_difference
 from detok_pipe.latents.sample_store import SampleStore, open_sample_store
 from detok_pipe.latents.verify import describe, verify
 from detok_pipe.pipelines.config import Execution
@@ -158,10 +159,12 @@ class Quickstart:
         wanted = json.loads(json.dumps({"seed": self.seed, **dataclasses.asdict(self.demo)}))
         file = self.out / _SETTINGS
         if file.exists():
-            if json.loads(file.read_text()) != wanted:
+            difference = first_difference(json.loads(file.read_text()), wanted)
+            if difference is not None:
+                name, there, now = difference
                 raise MismatchError(
-                    f"{self.out} holds a quickstart of another preset, seed or version; give "
-                    "another --out, or remove the folder"
+                    f"{self.out} holds a quickstart of another preset, seed or version: its {name} "
+                    f"is {there!r}, now it is {now!r}; give another --out, or remove the folder"
                 )
         else:
             atomic.write_json(file, wanted)
