@@ -54,6 +54,12 @@ sampling_options = together(
     ),
     click.option("--guided-channels", type=click.IntRange(1), help="Guide the first N channels."),
     click.option("--temperature", type=float, help="Factor on the noise of diffusion steps."),
+    click.option(
+        "--clip",
+        type=float,
+        help="Bound on the predicted latents in diffusion steps, in their standard deviations; "
+        "generators that were trained briefly need it (4).",
+    ),
     click.option("--steps", type=click.IntRange(1), help="Steps of diffusion or ODE."),
     click.option("--iterations", type=click.IntRange(1), help="MAR: steps that reveal tokens."),
     click.option("--method", type=click.Choice(["euler", "dopri5"]), help="SiT: ODE solver."),

@@ -38,6 +38,7 @@ def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any)
         guidance_interval=values["interval"] or None,
         guided_channels=values["guided_channels"],
         temperature=values["temperature"],
+        clip=values["clip"],
         steps=values["steps"],
         iterations=values["iterations"],
         method=values["method"],

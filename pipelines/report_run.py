@@ -137,6 +137,7 @@ def sweep_command(run: Path, result: Mapping[str, Any]) -> str:
         "--guided-channels": sampling["guided_channels"],
         "--temperature": sampling["temperature"],
         "--unguided-temperature": unguided["temperature"],
+        "--clip": sampling["clip"],
         "--steps": sampling["steps"],
         "--iterations": sampling["iterations"],
         "--method": sampling["method"],

@@ -450,6 +450,7 @@ def sweep_result(network: str, ema: bool) -> dict:
         "steps": 25,
         "iterations": None,
         "method": None,
+        "clip": 4.0,
     }
     value = {"KD": {"value": 3.0, "error": 0.5}}
     final = {
