@@ -39,8 +39,6 @@ def quickstart(
       detok-pipe quickstart
       detok-pipe quickstart --fast
     """
-    import torch
-
     from detok_pipe.latents.errors import ConfigError
     from detok_pipe.pipelines.demo_presets import DEMOS
     from detok_pipe.pipelines.devices import resolve_device, resolve_precision
@@ -57,7 +55,6 @@ def quickstart(
         fast_bf16 = resolve_precision("auto", chosen_device) == "bf16"
         chosen = "cpu" if fast_bf16 else "cpu-fp32"
     out = out or Path("runs/quickstart-fast" if chosen == "fast" else "runs/quickstart")
-    torch.set_flush_denormal(True)
     Quickstart(out, chosen, DEMOS[chosen], seed=seed, device=chosen_device, quiet=quiet).run()
     click.echo(summary(out))
 

@@ -27,6 +27,7 @@ from detok_pipe.pipelines.training import (
     accumulate,
     ema_decay,
     fit,
+    flushed_denormals,
     learning_rate,
     opened_run,
     start,
@@ -85,6 +86,7 @@ def _build(config: GeneratorConfig, cache: LatentCache) -> torch.nn.Module:
     )
 
 
+@flushed_denormals()
 def train_generator(
     config: GeneratorConfig, latents: Path, out: Path, execution: Execution
 ) -> None:

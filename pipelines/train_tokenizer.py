@@ -20,6 +20,7 @@ from detok_pipe.pipelines.training import (
     accumulate,
     ema_decay,
     fit,
+    flushed_denormals,
     learning_rate,
     opened_run,
     start,
@@ -47,6 +48,7 @@ def describe(config: TokenizerConfig, source: ImageSource) -> dict[str, Any]:
     }
 
 
+@flushed_denormals()
 def train_tokenizer(
     config: TokenizerConfig,
     data: Path,

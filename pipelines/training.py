@@ -89,6 +89,19 @@ def make_accelerator(
         raise ConfigError(f"trackers {','.join(execution.trackers)}: {error}") from error
 
 
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Count denormal numbers as zero, which a CPU computes with many times faster.
+
+    The state is the process's, so it is given back.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def start(config: Config, execution: Execution, out: Path) -> tuple[Accelerator, Config]:
     """What every training begins with: Accelerate, the resolved configuration, torch's seed.
 
@@ -102,7 +115,6 @@ def start(config: Config, execution: Execution, out: Path) -> tuple[Accelerator,
         raise ConfigError(
             f"global_batch {config.global_batch} is no multiple of the {world} processes"
         )
-    torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
     precision = resolve_precision(config.precision, accelerator.device)
     return accelerator, dataclasses.replace(config, precision=precision)
