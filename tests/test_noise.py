@@ -162,6 +162,6 @@ def test_same_numbers_on_a_gpu():
     difference = cpu.normal("z", (10_001,)) - gpu.normal("z", (10_001,)).cpu()
     assert float(difference.abs().max()) < 1e-6
     words = [torch.randint(0, 1 << 32, (1000,)) for _ in range(4)]
-    on_gpu = philox([word.cuda() for word in words], (1, 2))
+    on_gpu = philox([word.to("cuda") for word in words], (1, 2))
     for a, b in zip(philox(words, (1, 2)), on_gpu, strict=True):
         assert torch.equal(a, b.cpu())
