@@ -17,24 +17,24 @@ from detok_pipe.latents.errors import DetokError, Interrupted
 
 COMMANDS = {
     "quickstart": ("commands_demo", "The whole pipeline on real pictures, in ten minutes."),
-    "train-tok": ("commands_train", "Train an l-DeTok tokenizer."),
-    "eval-tok": ("commands_train", "Measure and picture a tokenizer's reconstructions."),
+    "train-tok": ("commands_tokenizer", "Train an l-DeTok tokenizer."),
+    "eval-tok": ("commands_tokenizer", "Measure and picture a tokenizer's reconstructions."),
     "plan": ("commands_cache", "Estimate disk and time of an encode before it starts."),
     "encode": ("commands_cache", "Write the latent cache of an image set."),
     "finalize": ("commands_cache", "Finish a cache whose shards are all written."),
     "info": ("commands_cache", "Describe a latent cache."),
     "verify": ("commands_cache", "Check each shard of a latent cache."),
     "convert": ("commands_cache", "Convert a latent cache between WebDataset and Zarr."),
-    "train-gen": ("commands_train", "Train a generator from a latent cache."),
+    "train-gen": ("commands_generator", "Train a generator from a latent cache."),
     "sample": ("commands_score", "Draw sample latents from a generator."),
     "score": ("commands_score", "Score a sample store against reference statistics."),
     "sweep-cfg": ("commands_score", "Find the best guidance scale, then score there."),
     "fid-stats": ("commands_images", "Compute reference statistics from images."),
     "export-images": ("commands_images", "Decode a sample store to PNG, npz or WebDataset."),
     "report": ("commands_demo", "Write one self-contained HTML page about a run."),
-    "import-checkpoint": ("commands_train", "Make a run directory from a released .pth."),
-    "export-checkpoint": ("commands_train", "Write a run's weights in the released form."),
-    "presets": ("commands_train", "List the presets, or show one."),
+    "import-checkpoint": ("commands_released", "Make a run directory from a released .pth."),
+    "export-checkpoint": ("commands_released", "Write a run's weights in the released form."),
+    "presets": ("commands_released", "List the presets, or show one."),
 }
 """Command -> (module, one-line help), in the order in which a user needs them."""
 

@@ -303,7 +303,7 @@ def plan(images: int, preset: str, processes: int, device: str | None, **form: A
     from detok_pipe.pipelines.devices import resolve_device
     from detok_pipe.pipelines.encode import make_plan
     from detok_pipe.pipelines.estimate import TypicalImages, estimate, untrained
-    from detok_pipe.pipelines.presets import tokenizer_preset
+    from detok_pipe.pipelines.tokenizer_presets import tokenizer_preset
 
     target = resolve_device(device)
     tokenizer = untrained(tokenizer_preset(preset), target)

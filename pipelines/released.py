@@ -23,8 +23,8 @@ from detok_pipe.pipelines.config import (
     unknown_name,
     with_overrides,
 )
-from detok_pipe.pipelines.presets import TOKENIZER_PRESETS
 from detok_pipe.pipelines.run_directory import latest_checkpoint, open_run, read_config
+from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS
 from detok_pipe.pipelines.trained import (
     build_tokenizer,
     fingerprint,

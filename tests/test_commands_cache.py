@@ -144,9 +144,9 @@ def test_another_setting_is_refused(tokenizer, images, tmp_path, capsys):
 
 
 def test_plan(capsys):
-    from detok_pipe.pipelines import estimate, presets
+    from detok_pipe.pipelines import estimate, tokenizer_presets
 
-    presets.TOKENIZER_PRESETS["small-for-test"] = lambda: TokenizerConfig(
+    tokenizer_presets.TOKENIZER_PRESETS["small-for-test"] = lambda: TokenizerConfig(
         image_size=16, patch_size=8, channels=4, encoder="32,1,2", decoder="32,1,2"
     )
     seconds, estimate._TRIAL_SECONDS = estimate._TRIAL_SECONDS, 0.0
@@ -155,7 +155,7 @@ def test_plan(capsys):
         assert run("plan", *shape, "--device", "cpu", "--batch-size", 2) == 0
     finally:
         estimate._TRIAL_SECONDS = seconds
-        del presets.TOKENIZER_PRESETS["small-for-test"]
+        del tokenizer_presets.TOKENIZER_PRESETS["small-for-test"]
     printed = capsys.readouterr().out
     assert "(128,000 bytes)" in printed  # 1000 rows of 4 x 4 fp16, 2 views, mean and std
     assert "hours" in printed
