@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from detok_pipe.latents.errors import ConfigError, Interrupted, NonFiniteError
 from detok_pipe.pipelines.config import Config, Execution, Precision
 from detok_pipe.pipelines.devices import resolve_device, resolve_precision
+from detok_pipe.pipelines.inspection import Inspection, inspect
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.run_directory import (
     Checkpoint,
@@ -273,6 +274,8 @@ def fit(
     global_batch: int,
     seed: int,
     execution: Execution,
+    inspections: Sequence[Inspection] = (),
+    describe_ids: Callable[[Sequence[int]], str] | None = None,
 ) -> None:
     """Train to ``steps`` optimizer steps, from ``resume`` where there is one.
 
@@ -281,6 +284,10 @@ def fit(
         run: the run directory on the main process, None on the others.
         update: makes step number ``step`` on a batch and returns named scalars with "loss".
         rate: learning rate by step. decay: EMA decay by step.
+        inspections: looks at the model at intervals; with or without them the same numbers
+            come out.
+        describe_ids: names the samples at some stream positions, for the error about a loss
+            that is not finite.
 
     Raises:
         NonFiniteError: a loss is not finite; names the step and the ids. Nothing is saved then.
@@ -325,7 +332,7 @@ def fit(
             stop = done % agree_every == 0 and _any_process(accelerator, bool(signals))
             save = done % execution.checkpoint_every == 0 or done == steps or stop
             if save or done % execution.log_every == 0:
-                means = _means(accelerator, pending)
+                means = _means(accelerator, pending, describe_ids)
                 seconds = time.perf_counter() - since
                 speed = global_batch * len(pending) / seconds
                 record = {**means, "lr": rate(step), "images_per_second": speed}
@@ -336,6 +343,10 @@ def fit(
                 accelerator.log(record, step=done)
                 pending.clear()
                 waited, since = 0.0, time.perf_counter()
+            if not stop and (found := inspect(inspections, done, steps)):
+                if run:
+                    run.log(done, found)
+                accelerator.log(found, step=done)
             if save:
                 if run:
                     parts.save(run, done)
@@ -356,7 +367,9 @@ def _any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 def _means(
-    accelerator: Accelerator, pending: list[tuple[int, Tensor, Mapping[str, Tensor]]]
+    accelerator: Accelerator,
+    pending: list[tuple[int, Tensor, Mapping[str, Tensor]]],
+    describe_ids: Callable[[Sequence[int]], str] | None,
 ) -> dict[str, float]:
     """Mean of each scalar over the pending steps and all processes: one wait for the device.
 
@@ -372,7 +385,7 @@ def _means(
     for row, (step, ids, _) in enumerate(pending):
         if not torch.isfinite(table[row]).all():
             where = (
-                f"stream positions {ids.tolist()[:8]}{'...' if len(ids) > 8 else ''}"
+                _named(ids.tolist(), describe_ids)
                 if not torch.isfinite(mine[row]).all()
                 else "on another process"
             )
@@ -382,3 +395,9 @@ def _means(
                 "checkpoint is untouched. Lower the learning rate, or train in fp32"
             )
     return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
+def _named(ids: list[int], describe_ids: Callable[[Sequence[int]], str] | None) -> str:
+    some, more = ids[:8], ", ..." if len(ids) > 8 else ""
+    names = f": {describe_ids(some)}{more}" if describe_ids else ""
+    return f"stream positions {', '.join(map(str, some))}{more}{names}"

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from detok_pipe.latents.errors import Interrupted, NonFiniteError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines.config import Execution
+from detok_pipe.pipelines.inspection import Inspection
 from detok_pipe.pipelines.run_directory import (
     checkpoint_paths,
     latest_checkpoint,
@@ -55,7 +56,9 @@ class Stream:
         self.position = state["position"]
 
 
-def train(folder, *, steps=STEPS, execution=QUIET, before_step=lambda step: None, poison=None):
+def train(
+    folder, *, steps=STEPS, execution=QUIET, before_step=lambda step: None, poison=None, **more
+):
     """Train the toy; returns its weights, EMA weights and the optimizer's state."""
     accelerator = make_accelerator("fp32", execution)
     torch.manual_seed(0)
@@ -95,6 +98,8 @@ def train(folder, *, steps=STEPS, execution=QUIET, before_step=lambda step: None
             global_batch=8,
             seed=3,
             execution=execution,
+            describe_ids=lambda ids: f"rows {ids[0]} to {ids[-1]}",
+            **more,
         )
     return model.state_dict(), ema.module.state_dict(), optimizer.state_dict()["state"]
 
@@ -152,7 +157,7 @@ def test_micro_batches_give_the_same_gradients(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(NonFiniteError, match=r"step 7.*\[48, 49"):
+    with pytest.raises(NonFiniteError, match=r"step 7.*positions 48, 49.*rows 48"):
         train(tmp_path / "run", poison=6)
     assert latest_checkpoint(tmp_path / "run").step == 4
 
@@ -163,6 +168,21 @@ def test_old_checkpoints_are_removed(tmp_path):
         "step-00000008",
         "step-00000012",
     ]
+
+
+def test_inspections_see_each_interval_and_change_nothing(tmp_path):
+    expected = train(tmp_path / "plain")
+    seen = []
+
+    def look(step):
+        seen.append(step)
+        torch.manual_seed(99)
+        return {"score": float(step)}
+
+    assert_equal(train(tmp_path / "run", inspections=[Inspection(5, look)]), expected)
+    assert seen == [5, 10, 12]
+    found = [(r["step"], r["score"]) for r in read_metrics(tmp_path / "run") if "score" in r]
+    assert found == [(5, 5.0), (10, 10.0), (12, 12.0)]
 
 
 def test_a_finished_run_does_nothing(tmp_path):
