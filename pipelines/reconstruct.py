@@ -1,8 +1,6 @@
-"""How well a tokenizer rebuilds images: scores, pictures, and a study of corrupted latents."""
+"""How well a tokenizer rebuilds images: scores and pictures."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +15,6 @@ from detok_pipe.evaluation.frechet import FeatureMoments, FrechetReference
 from detok_pipe.evaluation.inception_score import inception_score
 from detok_pipe.evaluation.reconstruction import ReconstructionMetrics, psnr
 from detok_pipe.latents.errors import InputError, NonFiniteError
-from detok_pipe.latents.noise import Noise
-from detok_pipe.latents.posterior import Posterior
 from detok_pipe.pipelines.decode import (
     BatchDecoder,
     DecodedBatch,
@@ -27,9 +23,8 @@ from detok_pipe.pipelines.decode import (
     to_uint8,
 )
 from detok_pipe.pipelines.images import ImageSource
-from detok_pipe.pipelines.pictures import ImageRow, labelled_grid, reconstruction_rows, to_images
+from detok_pipe.pipelines.pictures import labelled_grid, reconstruction_rows, to_images
 from detok_pipe.pipelines.progress import progress
-from detok_pipe.tokenizer.model import LDeTok
 
 BASELINE_IMAGES = 1024
 """The mean image, whose PSNR is the baseline, is that of at most so many images."""
@@ -245,113 +240,3 @@ def reconstruction_picture(
     )
     rows = reconstruction_rows(to_images(pixels), to_images(rebuilt))
     return labelled_grid(rows, columns=min(columns, len(pixels)))
-
-
-@dataclass(frozen=True)
-class Corrupted:
-    """What a tokenizer rebuilds from latents corrupted in one way.
-
-    Attributes:
-        level: standard deviation of the noise, in units of the tokenizer's latent std.
-        sigma: the same in absolute units. hidden: share of tokens hidden from the encoder.
-        psnr: dB, mean over images. rebuilt: (n, 3, S, S) uint8.
-    """
-
-    level: float
-    sigma: float
-    hidden: float
-    psnr: float
-    rebuilt: Tensor
-
-
-@dataclass(frozen=True)
-class CorruptionStudy:
-    """A tokenizer under noise and masks.
-
-    Attributes:
-        latent_std: of the posterior's means, root of the mean over channels of their variance.
-        cells: one a combination of level and mask ratio, levels outermost.
-    """
-
-    latent_std: float
-    cells: list[Corrupted]
-
-    def rows(self, originals: np.ndarray, *, images: int = 8) -> list[ImageRow]:
-        """The originals (n, S, S, 3) uint8 and one row of rebuilt images a cell, with labels."""
-        first = [ImageRow("original", [(image,) for image in to_images(originals[:images])])]
-        return first + [
-            ImageRow(
-                f"noise {cell.level:g}, hidden {cell.hidden:.0%}: {cell.psnr:.1f} dB",
-                [(image,) for image in to_images(cell.rebuilt[:images])],
-            )
-            for cell in self.cells
-        ]
-
-
-@torch.inference_mode()
-def study_corruption(
-    model: LDeTok,
-    pixels: np.ndarray,
-    *,
-    levels: Sequence[float] = (0.0, 0.5, 1.0, 2.0),
-    ratios: Sequence[float] = (0.0, 0.3, 0.5, 0.7),
-    gamma: float = 0.0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    batch_size: int = 32,
-    bf16: bool = False,
-) -> CorruptionStudy:
-    """Rebuild images from corrupted latents, at every noise level and mask ratio.
-
-    Training with noise inflates the latents' spread, so a level is the noise's standard
-    deviation divided by the tokenizer's own latent std: equal levels are equal ratios of noise
-    to signal. The noise numbers and the hidden places are the same for every tokenizer of the
-    same form, level and ratio.
-
-    Args:
-        pixels: (n, S, S, 3) uint8.
-        levels: noise, in units of the latent std, at least 0.
-        ratios: shares of tokens to hide, in [0, 1).
-        gamma: 0 adds the noise to the latents. Above 0 it is scaled as interpolative training
-            with this gamma has it, (1 - tau) z + tau gamma eps, with the tau that gives the
-            same ratio of noise to signal: the form that such a decoder knows.
-    """
-    batches = list(_numbered(pixels, batch_size))
-    context = torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
-    with context:
-        means = [
-            Posterior(model.encode_moments(to_float(part, device)).float()).mean
-            for _, part in batches
-        ]
-        variance = torch.cat(means).flatten(0, 1).double().var(dim=0, unbiased=False)
-        latent_std = variance.mean().sqrt().item()
-        cells = []
-        for level in levels:
-            sigma = level * latent_std
-            tau, scale = (sigma / (gamma + sigma), gamma) if gamma else (1.0, sigma)
-            for hidden in ratios:
-                rebuilt = [
-                    to_uint8(
-                        model.rebuild(
-                            to_float(part, device),
-                            Noise(seed, numbers, device=device),
-                            tau=tau,
-                            gamma=scale,
-                            noise_kind="interpolative" if gamma else "additive",
-                            hidden=hidden,
-                        ).reconstruction
-                    ).cpu()
-                    for numbers, part in batches
-                ]
-                images = torch.cat(rebuilt)
-                original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-                value = psnr(original, images).mean().item()
-                cells.append(Corrupted(level, sigma, hidden, value, images))
-    return CorruptionStudy(latent_std, cells)
-
-
-def _numbered(pixels: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:
-    """Batches of images with their numbers."""
-    for start in range(0, len(pixels), size):
-        stop = min(start + size, len(pixels))
-        yield range(start, stop), pixels[start:stop]

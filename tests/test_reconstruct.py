@@ -9,20 +9,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detok_pipe.evaluation.frechet import FrechetReference, feature_stats
-from detok_pipe.evaluation.reconstruction import psnr
 from detok_pipe.latents.errors import InputError, NonFiniteError
 from detok_pipe.pipelines.images import ImageSource, open_images
-from detok_pipe.pipelines.pictures import labelled_grid
 from detok_pipe.pipelines.reconstruct import (
     evaluate_tokenizer,
     evenly_spaced,
     load_squares,
     mean_image_psnr,
-    rebuild,
     reconstruction_picture,
-    study_corruption,
 )
-from detok_pipe.tokenizer.model import LDeTok
 
 SIZE = 16
 
@@ -168,45 +163,3 @@ def test_picture_has_originals_above_rebuilt(source: ImageSource) -> None:
     assert (column[top : top + zoom] == pixels[0, 0, 0]).all()
     below = top + SIZE * zoom
     assert any((column[below + gap] == pixels[0, 0, 0].astype(int) + 10).all() for gap in range(8))
-
-
-@pytest.mark.parametrize("gamma", [0.0, 3.0])
-def test_corruption_study(source: ImageSource, gamma: float) -> None:
-    torch.manual_seed(0)
-    model = LDeTok(image_size=SIZE, patch_size=4, channels=4, encoder="16,1,1", decoder="16,1,1")
-    pixels, _ = load_squares(source, range(6), SIZE)
-    arguments = {"levels": (0.0, 1.0), "ratios": (0.0, 0.5), "gamma": gamma}
-    study = study_corruption(model, pixels, batch_size=4, **arguments)
-    assert [(cell.level, cell.hidden) for cell in study.cells] == [
-        (0.0, 0.0),
-        (0.0, 0.5),
-        (1.0, 0.0),
-        (1.0, 0.5),
-    ]
-    clean = rebuild(model, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
-    assert (study.cells[0].rebuilt.int() - clean.int()).abs().max() <= 1
-    original = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    for cell in study.cells:
-        assert cell.sigma == pytest.approx(cell.level * study.latent_std)
-        assert cell.psnr == pytest.approx(psnr(original, cell.rebuilt).mean().item())
-    whole = study_corruption(model, pixels, batch_size=6, **arguments)
-    for one, other in zip(study.cells, whole.cells, strict=True):
-        assert (one.rebuilt.int() - other.rebuilt.int()).abs().max() <= 1
-    rows = study.rows(pixels, images=3)
-    assert [len(row.cells) for row in rows] == [3] * 5
-    assert rows[-1].label.startswith("noise 1, hidden 50%: ")
-    assert labelled_grid(rows).width > 3 * 96
-
-
-def test_an_interpolative_decoder_gets_the_same_noise_to_signal_ratio() -> None:
-    class Recorder(LDeTok):
-        def rebuild(self, images, noise, **corruption):
-            self.seen = corruption
-            return super().rebuild(images, noise, **corruption)
-
-    torch.manual_seed(0)
-    model = Recorder(image_size=SIZE, patch_size=8, channels=2, encoder="8,1,1", decoder="8,1,1")
-    pixels = np.random.default_rng(0).integers(0, 255, (4, SIZE, SIZE, 3), dtype=np.uint8)
-    study = study_corruption(model, pixels, levels=(1.5,), ratios=(0.0,), gamma=3.0)
-    tau = model.seen["tau"]
-    assert tau * 3.0 / (1 - tau) == pytest.approx(1.5 * study.latent_std)
