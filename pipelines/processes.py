@@ -1,7 +1,7 @@
 """What sampling and scoring need of several processes: who am I, wait, let one decide.
 
-Work is divided by shard number, so that any number of processes makes the same files; between
-processes only decisions travel, never features.
+Work is divided by shard number, so that any number of processes makes the same files; what
+travels between processes is small: decisions, and features of reference images.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from detok_pipe.latents.errors import DetokError
 
@@ -39,6 +39,10 @@ class Processes:
         """Return when every process has come here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Everyone's items, in the order of the processes, for everyone."""
+        return items if self.world == 1 else gather_object(items)
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Call ``function`` on the main process; its result, or its error, is everyone's."""

@@ -1,7 +1,7 @@
-"""Rungs of a guidance search: which scale leads, which go on, and what a rung reports."""
+"""The search over guidance scales: a grid is one rung, halving three, with fewer scales on each."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from detok_pipe.evaluation.frechet import paired_difference
@@ -11,8 +11,43 @@ SURELY = 2.0
 """Paired standard errors by which a scale must be worse to be dropped."""
 
 SHARES = (4, 2)
-"""Ninths of the scales that may go on after each rung: with a quarter, a half and all of the
-samples in the rungs, the whole search then takes under half of a grid's."""
+"""Ninths of the scales that may go on after each rung of `halving_counts`: the whole search then
+takes under half of a grid's samples."""
+
+
+def halving_counts(count: int) -> tuple[int, ...]:
+    """Samples a scale on each rung of a halving search that ends with ``count``."""
+    return count // 4, count // 2, count
+
+
+def search(
+    scales: Sequence[float],
+    counts: Sequence[int],
+    score_at: Callable[[float, int], Scores],
+) -> tuple[list[dict[str, Any]], float]:
+    """Find the best of ``scales``.
+
+    Args:
+        counts: samples a scale on each rung: one rung is a grid; for halving `halving_counts`.
+        score_at: the scores of a scale's first so many samples. All scales share noise and
+            labels, and a rung's samples are the first of the next one's.
+
+    Returns:
+        The rungs as ``sweep.json`` has them, and the best scale.
+    """
+    alive = sorted(scales)
+    rungs: list[dict[str, Any]] = []
+    for number, count in enumerate(counts):
+        scores = {scale: score_at(scale, count) for scale in alive}
+        best = best_scale(scores)
+        if count == counts[-1]:
+            kept = alive
+        else:
+            kept = keep(scores, at_most=len(scales) * SHARES[number] // 9)
+        points = [point_of(scale, scores, best, scale in kept) for scale in alive]
+        rungs.append({"count": count, "points": points})
+        alive = kept
+    return rungs, best
 
 
 def best_scale(scores: Mapping[float, Scores]) -> float:

@@ -154,16 +154,22 @@ def real_features(
     extractor: FeatureExtractor,
     *,
     batch_size: int = 64,
+    processes: Processes | None = None,
 ) -> np.ndarray | None:
     """Features (M, D) of the reference's real images: kept in its file, or of its images.
 
-    Returns None where it has neither.
+    All processes share the work and have the result. None where the reference has neither.
     """
     if reference.features is not None:
         return reference.features
     if reference.image_shape is None:
         return None
-    return features_of(extractor, reference.images(batch_size)).features
+    processes = processes or Processes()
+    count = reference.image_shape[0]
+    start, stop = (count * (processes.rank + i) // processes.world for i in (0, 1))
+    images = reference.images(batch_size, start=start, stop=stop)
+    tables = processes.gather([features_of(extractor, [batch]) for batch in images])
+    return FeatureTable.joined(tables).features
 
 
 def score(
@@ -203,17 +209,16 @@ def score(
     reference.check(extractor=extractor.name, dimensions=extractor.dimensions, image_size=size)
     stored = StoredFeatures(store, tokenizer, extractor)
     stored.compute(stop=stop, batch_size=batch_size, processes=processes, name=name, quiet=quiet)
+    if real is None:
+        real = real_features(reference, extractor, batch_size=batch_size, processes=processes)
     processes.wait()
 
     def on_main() -> tuple[Scores, dict[str, Any]]:
-        rows = (
-            real if real is not None else real_features(reference, extractor, batch_size=batch_size)
-        )
         scores = measure(
             stored.read(stop),
             reference,
             extractor,
-            real=rows,
+            real=real,
             image_size=size,
             expect_at=expect_at,
             device=processes.device,

@@ -23,14 +23,7 @@ from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.config import Precision
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
-from detok_pipe.pipelines.rungs import (
-    SHARES,
-    best_scale,
-    edge_warning,
-    keep,
-    point_of,
-    samples_drawn,
-)
+from detok_pipe.pipelines.rungs import edge_warning, halving_counts, samples_drawn, search
 from detok_pipe.pipelines.sample import (
     ROWS_PER_SHARD,
     sample,
@@ -101,17 +94,13 @@ class SweepPlan:
     @property
     def rungs(self) -> tuple[int, ...]:
         """Samples a scale, rung after rung."""
-        return (self.count // 4, self.count // 2, self.count) if self._halving else (self.count,)
+        return halving_counts(self.count) if self.search == "halving" else (self.count,)
 
     @property
     def rows_per_shard(self) -> int:
         """A divisor of the first rung, so that rungs end at shards; at most the usual size."""
         first = self.rungs[0]
         return max(d for d in range(1, min(first, ROWS_PER_SHARD) + 1) if first % d == 0)
-
-    @property
-    def _halving(self) -> bool:
-        return self.search == "halving"
 
 
 def plan_for(
@@ -180,10 +169,8 @@ class _Work:
         self.out = out
         self.processes = processes
         self.quiet = quiet
-        self.real = (
-            real_features(reference, extractor, batch_size=plan.batch_size)
-            if processes.is_main
-            else None
+        self.real = real_features(
+            reference, extractor, batch_size=plan.batch_size, processes=processes
         )
 
     def score_at(self, scale: float, rung: int) -> tuple[Scores, dict[str, Any]]:
@@ -277,7 +264,15 @@ def sweep(
     work = _Work(
         plan, generator, tokenizer, extractor, reference, out, processes=processes, quiet=quiet
     )
-    rungs, records, best = _search(work)
+    records: dict[tuple[float, int], dict[str, Any]] = {}
+
+    def score_at(scale: float, count: int) -> Scores:
+        scores, records[scale, count] = work.score_at(scale, count)
+        return scores
+
+    rungs, best = search(plan.scales, plan.rungs, score_at)
+    last = [record for (_, count), record in records.items() if count == plan.count]
+    check_comparable(last)
     finals: list[dict[str, Any]] = []
     if plan.final_count:
         guided = dataclasses.replace(plan.sampling, guidance_scale=best)
@@ -295,42 +290,14 @@ def sweep(
         "samples": samples_drawn(rungs),
         "samples of a full grid": len(plan.scales) * plan.count,
         "final": finals,
-        "warnings": [*records[-1]["notes"], *edge_warning(plan.scales, best)],
-        "settings": {k: v for k, v in records[-1]["settings"].items() if k != "samples"},
+        "warnings": [*last[-1]["notes"], *edge_warning(plan.scales, best)],
+        "settings": {k: v for k, v in last[-1]["settings"].items() if k != "samples"},
         "reference": str(reference.path),
         "tokenizer": str(tokenizer.path),
     }
     if processes.is_main:
         atomic.write_json(out / SWEEP, result)
-        lines = (json.dumps(record, ensure_ascii=False) for record in [*records, *finals])
+        lines = (json.dumps(record, ensure_ascii=False) for record in [*last, *finals])
         atomic.write_text(out / SCORES, "".join(f"{line}\n" for line in lines))
     processes.wait()
     return result
-
-
-def _search(work: _Work) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
-    """The rungs as JSON values, the records of the last rung, and the best scale."""
-    plan = work.plan
-    alive = list(plan.scales)
-    rungs: list[dict[str, Any]] = []
-    records: list[dict[str, Any]] = []
-    best = alive[0]
-    for number, count in enumerate(plan.rungs):
-        scored = {scale: work.score_at(scale, count) for scale in alive}
-        scores = {scale: pair[0] for scale, pair in scored.items()}
-        records = [pair[1] for pair in scored.values()]
-        check_comparable(records)
-        best = best_scale(scores)
-        kept = (
-            alive
-            if count == plan.count
-            else keep(scores, at_most=len(plan.scales) * SHARES[number] // 9)
-        )
-        rungs.append(
-            {
-                "count": count,
-                "points": [point_of(scale, scores, best, scale in kept) for scale in alive],
-            }
-        )
-        alive = kept
-    return rungs, records, best

@@ -1,5 +1,6 @@
 """The sweep: same answer as scoring by hand, halving at half the cost, resumable."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,13 @@ from score_making import (
     tiny_tokenizer,
 )
 
-from detok_pipe.evaluation.frechet import FeatureStats, FrechetReference, paired_difference
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines import sweep_output
-from detok_pipe.pipelines.rungs import SHARES, keep
-from detok_pipe.pipelines.score import Scores, read_records
+from detok_pipe.pipelines.score import read_records
 from detok_pipe.pipelines.sweep import (
     FLOW_SCALES,
     MAR_SCALES,
-    SweepPlan,
     final_path,
     plan_for,
     search_path,
@@ -147,59 +145,13 @@ def test_bad_plans_are_named(tmp_path: Path) -> None:
         _run(tmp_path, search="halving", count=24)
 
 
-def _synthetic_pool(
-    rng: np.random.Generator, dimensions: int, rows: int
-) -> dict[float, np.ndarray]:
-    """As guidance does, a higher scale lessens noise and variety and shifts the mean."""
-    spectrum = np.sqrt(np.arange(1, dimensions + 1) ** -0.8)
-    shared, own = rng.standard_normal((2, rows, dimensions))
-    return {
-        scale: spectrum * (shared * (1.22 - 0.055 * scale) + own * 1.4 / scale + 0.006 * scale**2)
-        for scale in MAR_SCALES
-    }
-
-
 def test_halving_agrees_with_the_grid() -> None:
     """At least 18 of 20 repetitions from one pool: the grid's scale, or within the paired error."""
-    rng = np.random.default_rng(0)
-    dimensions, count, pool_rows = 48, 240, 6000
-    pool = _synthetic_pool(rng, dimensions, pool_rows)
-    spectrum = np.arange(1, dimensions + 1) ** -0.8
-    reference = FrechetReference(FeatureStats(np.zeros(dimensions), np.diag(spectrum), None))
-    plan = SweepPlan(
-        scales=MAR_SCALES, sampling=QUICK, unguided=QUICK, count=count, search="halving"
-    )
-    agreed, same, used, best = 0, 0, [], []
-    for _ in range(20):
-        rows = rng.choice(pool_rows, count, replace=False)
-        features = {scale: pool[scale][rows] for scale in MAR_SCALES}
-
-        def scored(scale: float, rung: int, features: dict = features) -> Scores:
-            some = features[scale][:rung]
-            found = reference.score(some)
-            expected = found.value if rung == count else reference.predicted(some, found, count)
-            return Scores({}, found, expected, [], {})
-
-        full = {scale: scored(scale, count) for scale in MAR_SCALES}
-        chosen = min(full, key=lambda scale: full[scale].expected)
-        alive, drawn, before = list(MAR_SCALES), 0, 0
-        for number, rung in enumerate(plan.rungs):
-            drawn, before = drawn + len(alive) * (rung - before), rung
-            scores = {scale: scored(scale, rung) for scale in alive}
-            if rung < count:
-                alive = keep(scores, at_most=len(MAR_SCALES) * SHARES[number] // 9)
-        found = min(scores, key=lambda scale: scores[scale].expected)
-        difference, error = paired_difference(full[found].frechet, full[chosen].frechet)
-        assert error is not None
-        agreed += difference <= error
-        same += found == chosen
-        used.append(drawn / (count * len(MAR_SCALES)))
-        best.append(chosen)
-    print(
-        f"within the paired error {agreed} of 20, same {same}, "
-        f"samples used {np.mean(used):.2f}, at most {max(used):.2f}"
-    )
-    print(f"chosen by the grid: {sorted(best)}")
-    assert 3.0 < np.median(best) < 4.5
-    assert agreed >= 18
-    assert max(used) < 0.5
+    path = Path(__file__).parents[1] / "benchmarks" / "halving.py"
+    benchmark = runpy.run_path(str(path))
+    pool, reference = benchmark["synthetic"](dimensions=48, rows=6000)
+    found = benchmark["repeat"](pool, reference, count=240, repeats=20)
+    benchmark["report"]("synthetic features", found)
+    assert 3.0 < np.median([repetition.grid for repetition in found]) < 4.5
+    assert sum(repetition.agrees for repetition in found) >= 18
+    assert max(repetition.share for repetition in found) < 0.5
