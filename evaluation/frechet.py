@@ -18,6 +18,7 @@ noise and labels use phi_1 - phi_2 and are several times sharper.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +72,18 @@ class FeatureMoments:
         """Add what another process counted."""
         if other.count:
             self._add(other.count, other._mean, other._scatter)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What has been counted so far, to be saved."""
+        return {"count": np.array(self.count), "mean": self._mean, "scatter": self._scatter}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "FeatureMoments":
+        """What :meth:`arrays` gave."""
+        moments = cls()
+        moments.count = int(arrays["count"])
+        moments._mean, moments._scatter = arrays["mean"], arrays["scatter"]
+        return moments
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if not self.count:

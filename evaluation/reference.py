@@ -7,7 +7,9 @@ All are ``.npz``. Read are
   JSON text ``detok`` that says which network, image size and count they come from.
 """
 
+import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +57,12 @@ class Reference:
     image_size: int | None
     made_from: dict[str, Any]
 
+    @property
+    def network(self) -> str:
+        """Name of the distance. Files of other tools do not tell; wherever they are used it is
+        Inception's."""
+        return self.extractor or "FID"
+
     @cached_property
     def sha256(self) -> str:
         """Digest of the file, for records."""
@@ -80,13 +88,11 @@ class Reference:
         Raises:
             MismatchError: another feature network, number of dimensions or image size.
         """
-        # Files of other tools do not name their network; it is Inception wherever they are used.
-        named = self.extractor or "FID"
-        if named != extractor:
+        if self.network != extractor:
             origin = "was made for" if self.extractor else "names no network, so it counts as"
             raise MismatchError(
-                f"{self.path} {origin} {named}, and the features are {extractor}'s; choose the "
-                "other network with --features, or make a reference: detok-pipe fid-stats"
+                f"{self.path} {origin} {self.network}, and the features are {extractor}'s; choose "
+                "the other network with --features, or make a reference: detok-pipe fid-stats"
             )
         found = self.stats.dimensions if self.stats is not None else dimensions
         if found != dimensions:
@@ -101,23 +107,25 @@ class Reference:
                 "fid-stats --size"
             )
 
-    def images(self, batch: int) -> Iterator[Tensor]:
-        """The file's images as uint8 (b, 3, H, W), read a batch at a time.
+    def images(self, batch: int, *, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Images [start, stop) of the file as uint8 (b, 3, H, W), read a batch at a time.
 
         Raises:
-            InputError: it has none.
+            InputError: it has none, or is cut short.
         """
         if self.image_shape is None:
             raise InputError(f"{self.path} holds no images (array arr_0)")
         count, *shape = self.image_shape
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _read_header(file)
-            for start in range(0, count, batch):
-                rows = min(batch, count - start)
-                wanted = rows * int(np.prod(shape))
+            file.seek(start * math.prod(shape), io.SEEK_CUR)
+            stop = count if stop is None else stop
+            for first in range(start, stop, batch):
+                rows = min(batch, stop - first)
+                wanted = rows * math.prod(shape)
                 data = file.read(wanted)
                 if len(data) != wanted:
-                    raise InputError(f"{self.path} is cut short in image {start + rows - 1}")
+                    raise InputError(f"{self.path} is cut short in image {first + rows - 1}")
                 pixels = np.frombuffer(data, np.uint8).reshape(rows, *shape)
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
 

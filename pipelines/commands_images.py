@@ -55,6 +55,9 @@ def fid_stats(
 ) -> None:
     """Compute reference statistics of IMAGES: class folders, a list file, tars, or an .npz.
 
+    The same command again goes on where it stopped. An .npz that has statistics of the same
+    network keeps them, and gets the features of its images.
+
     \b
     Example:
       detok-pipe fid-stats imagenet/train --out in256.npz
@@ -71,15 +74,14 @@ def fid_stats(
     )
     if images.suffix == ".npz":
         found = read_reference(images)
-        written = processes.on_main(
-            lambda: statistics.fid_stats_of_npz(
-                found,
-                extractor,
-                out,
-                keep_features=keep_features,
-                batch_size=batch_size,
-                quiet=quiet,
-            )
+        written = statistics.fid_stats_of_npz(
+            found,
+            extractor,
+            out,
+            keep_features=keep_features,
+            batch_size=batch_size,
+            processes=processes,
+            quiet=quiet,
         )
     else:
         written = statistics.fid_stats(
@@ -93,7 +95,8 @@ def fid_stats(
             quiet=quiet,
         )
     if processes.is_main:
-        click.echo(f"{extractor.name} statistics of {written.made_from['count']:,} images in {out}")
+        images_read = written.made_from["source"]["images"]
+        click.echo(f"{out}: {extractor.name} reference of {images_read:,} images")
 
 
 @click.command("export-images")

@@ -139,6 +139,7 @@ class StoredFeatures:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "identity.json", self.identity)
         total, left = (sum(end - start for _, start, end in some) for some in (parts, missing))
+        quiet = quiet or not processes.is_main
         with progress(name, total=total, initial=total - left, unit="images", quiet=quiet) as task:
             for shard, start, end in missing:
                 tables = []

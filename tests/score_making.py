@@ -15,6 +15,7 @@ from detok_pipe.generators.registry import build_generator
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, to_json
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.run_directory import open_run
 from detok_pipe.pipelines.trained import (
     TrainedGenerator,
@@ -27,6 +28,14 @@ from detok_pipe.tokenizer.model import LDeTok
 CLASSES = ["a", "b", "c"]
 MODEL: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2}
 QUICK = Sampling(guidance_scale=1.5, steps=3, method="euler")
+
+
+class Rank(Processes):
+    """One process of several that are not there."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, world
 
 
 class TinyFeatures:

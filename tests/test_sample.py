@@ -5,18 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from score_making import QUICK, tiny_generator
+from score_making import QUICK, Rank, tiny_generator
 
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError, MismatchError, NonFiniteError
-from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
-
-
-class _Rank(Processes):
-    def __init__(self, rank: int, world: int) -> None:
-        super().__init__()
-        self.rank, self.world = rank, world
 
 
 def test_same_samples_from_any_number_of_processes(tmp_path: Path) -> None:
@@ -24,7 +17,7 @@ def test_same_samples_from_any_number_of_processes(tmp_path: Path) -> None:
     settings = {"count": 22, "sampling": QUICK, "rows_per_shard": 5, "batch_size": 3, "quiet": True}
     whole = sample(generator, tmp_path / "one", **settings)
     for rank in (2, 0, 1):
-        parts = sample(generator, tmp_path / "three", processes=_Rank(rank, 3), **settings)
+        parts = sample(generator, tmp_path / "three", processes=Rank(rank, 3), **settings)
     assert whole.complete
     assert parts.complete
     np.testing.assert_array_equal(whole.read(0, 22), parts.read(0, 22))
