@@ -32,8 +32,8 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def duration_in_steps(duration: str, *, images: int, global_batch: int) -> int:
-    """Steps of ``duration`` ("100 epochs", "2 Mimages", "5000 steps"), at least one.
+def duration_in_steps(duration: str, *, images: int, global_batch: int, least: int = 1) -> int:
+    """Steps of ``duration`` ("100 epochs", "2 Mimages", "5000 steps"), at least ``least``.
 
     Epochs and images are rounded up to whole global batches, so no image is left out.
 
@@ -48,12 +48,15 @@ def duration_in_steps(duration: str, *, images: int, global_batch: int) -> int:
         )
     amount = float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
     per_unit = {"step": 1.0, "image": 1 / global_batch, "epoch": images / global_batch}[match[3]]
-    return max(1, math.ceil(amount * per_unit - 1e-9))
+    return max(least, math.ceil(amount * per_unit - 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """One l-DeTok tokenizer and its recipe. Defaults are the paper's final setting (BB)."""
+    """One l-DeTok tokenizer and its recipe.
+
+    Defaults are the paper's final setting (BB), but for the adversarial loss.
+    """
 
     # The network.
     image_size: int = 256
@@ -75,7 +78,12 @@ class TokenizerConfig:
     perceptual_size: int | None = None
     """Side in pixels at which the perceptual term sees the images; None: as they are."""
     kl_weight: float = 1e-6
+    adversarial_start: str | None = None
+    """When a discriminator joins ("100 epochs", "0 steps"); None: never."""
+    adversarial_weight: float = 0.1
     # Optimisation.
+    decoder_only: bool = False
+    """Tune the decoder of a trained tokenizer, whose encoder stays as it is."""
     global_batch: int = 1024
     duration: str = "200 epochs"
     base_lr: float = 1e-4
@@ -99,6 +107,13 @@ class TokenizerConfig:
         _check(self.channels > 0, f"channels must be positive, not {self.channels}")
         _check(self.gamma >= 0, f"gamma must not be negative, and is {self.gamma}")
         _check(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), and is {self.mask_ratio}")
+        if self.adversarial_start is not None:
+            duration_in_steps(self.adversarial_start, images=1, global_batch=1)
+            _check(
+                self.image_size >= 32,
+                f"the discriminator needs images of 32 pixels and more: image_size "
+                f"{self.image_size} takes adversarial_start=null",
+            )
         _check_recipe(self)
 
     @property

@@ -5,7 +5,7 @@ Position p of the stream is image ``SampleOrder(N, seed).at(p)``, mirrored or no
 same for any number of processes and after any restart; nothing is dropped or padded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,11 @@ class ImageLoader:
     def epoch_length(self) -> int:
         """Images an epoch."""
         return len(self.source)
+
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """Names of the images at some positions of the stream."""
+        indices = self._order.at(np.asarray(positions, dtype=np.int64))
+        return [self.source.name(int(index)) for index in indices]
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands: independent of processes, batch size and prefetching."""

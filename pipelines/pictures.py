@@ -97,13 +97,18 @@ def scale_rows(images: Sequence[tuple[float, Sequence[Image.Image]]]) -> list[Im
 
 
 def labelled_grid(
-    rows: Sequence[ImageRow], *, columns: int | None = None, theme: Theme = LIGHT
+    rows: Sequence[ImageRow],
+    *,
+    columns: int | None = None,
+    side: int | None = None,
+    theme: Theme = LIGHT,
 ) -> Image.Image:
     """Draw rows as one picture, each row's label at its left.
 
     Args:
         rows: images of one size throughout; every cell of one height.
         columns: cells a line; a longer row goes on below. None: the longest row's length.
+        side: pixels to which the short side of larger images is shrunk; None: as they are.
 
     Raises:
         InputError: there is no image, or images differ in size.
@@ -113,8 +118,11 @@ def labelled_grid(
         found = ", ".join(f"{w} x {h}" for w, h in sorted(sizes)) or "none"
         raise InputError(f"a grid needs images of one size; found {found}")
     (width, height) = next(iter(sizes))
-    zoom = max(1, -(-_CELL // min(width, height)))
-    width, height = width * zoom, height * zoom
+    zoom: float = max(1, -(-_CELL // min(width, height)))
+    scaling = Image.Resampling.NEAREST
+    if side is not None and side < min(width, height):
+        zoom, scaling = side / min(width, height), Image.Resampling.LANCZOS
+    width, height = round(width * zoom), round(height * zoom)
     depth = max(len(cell) for row in rows for cell in row.cells)
     columns = columns or max(len(row.cells) for row in rows)
 
@@ -150,8 +158,8 @@ def labelled_grid(
             x = left + (index % columns) * (width + _GAP)
             y = top + (index // columns) * step
             for level, image in enumerate(cell):
-                enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-                canvas.paste(enlarged, (x, y + level * (height + _GAP // 2)))
+                scaled = image.convert("RGB").resize((width, height), scaling)
+                canvas.paste(scaled, (x, y + level * (height + _GAP // 2)))
         top += count * step
     return canvas
 

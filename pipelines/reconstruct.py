@@ -226,17 +226,18 @@ def reconstruction_picture(
     pixels: np.ndarray,
     *,
     columns: int = 8,
+    side: int | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
+    bf16: bool = False,
 ) -> Image.Image:
     """A grid, each original above what the tokenizer makes of it.
 
     Args:
         pixels: (n, S, S, 3) uint8, as from `load_squares`.
+        side: see `labelled_grid`.
     """
-    parts = range(0, len(pixels), batch_size)
-    rebuilt = torch.cat(
-        [rebuild(model, to_float(pixels[i : i + batch_size], device)).cpu() for i in parts]
-    )
+    parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
+    rebuilt = torch.cat([rebuild(model, to_float(p, device), bf16=bf16).cpu() for p in parts])
     rows = reconstruction_rows(to_images(pixels), to_images(rebuilt))
-    return labelled_grid(rows, columns=min(columns, len(pixels)))
+    return labelled_grid(rows, columns=min(columns, len(pixels)), side=side)

@@ -1,20 +1,30 @@
-"""Stage one: train an l-DeTok tokenizer on images."""
+"""Stage one: train an l-DeTok tokenizer on images, or tune the decoder of a trained one."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
-from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_steps, to_json
+from detok_pipe.pipelines.adversary import Adversary, Pairs
+from detok_pipe.pipelines.config import (
+    Execution,
+    TokenizerConfig,
+    duration_in_steps,
+    from_json,
+    to_json,
+)
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.perceptual import perceptual_term
-from detok_pipe.pipelines.run_directory import latest_checkpoint
-from detok_pipe.pipelines.trained import build_tokenizer
+from detok_pipe.pipelines.run_directory import latest_checkpoint, read_config
+from detok_pipe.pipelines.tokenizer_inspection import Validation, inspections
+from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
 from detok_pipe.pipelines.training import (
     Parts,
     accumulate,
@@ -25,15 +35,63 @@ from detok_pipe.pipelines.training import (
     opened_run,
     start,
 )
+from detok_pipe.tokenizer.discriminator import PatchDiscriminator
 from detok_pipe.tokenizer.losses import reconstruction_losses
-from detok_pipe.tokenizer.model import parameter_groups
+from detok_pipe.tokenizer.model import LDeTok, parameter_groups
+
+NETWORK = ("image_size", "patch_size", "channels", "encoder", "decoder", "identity_output")
+"""Settings that decoder tuning takes from the tokenizer that it begins with."""
+
+
+def with_network_of(config: TokenizerConfig, run: Path | None) -> TokenizerConfig:
+    """``config`` as it is without a ``run``; else with the network of the tokenizer there.
+
+    Raises:
+        ConfigError: a recipe for the decoder alone without a run, or another one with a run.
+        CheckpointError: no tokenizer run.
+    """
+    if run is None:
+        if config.decoder_only:
+            raise ConfigError(
+                "this recipe trains a decoder alone (decoder_only): name the run of the tokenizer "
+                "that it belongs to with --finetune-decoder"
+            )
+        return config
+    if not config.decoder_only:
+        raise ConfigError(
+            f"--finetune-decoder {run}: the preset trains the encoder too; use the preset "
+            "detok-decoder, or add --set decoder_only=true"
+        )
+    record = read_config(run, "tokenizer")
+    trained = from_json(TokenizerConfig, record["config"], where=str(run / "config.json"))
+    return dataclasses.replace(config, **{name: getattr(trained, name) for name in NETWORK})
+
+
+def begin_tuning(model: LDeTok, run: Path) -> dict[str, str]:
+    """Give ``model`` the EMA weights of a tokenizer run, and freeze its encoder.
+
+    Caches are encoded with these weights, and neither a step nor the EMA moves them any more:
+    latents of the run are latents of the tuned tokenizer.
+
+    Returns:
+        What the tuned tokenizer was made from: fingerprints of encoder and decoder.
+    """
+    trained = load_tokenizer(run)
+    model.load_state_dict(trained.model.state_dict())
+    model.encoder.requires_grad_(False)
+    return {"encoder": trained.identity["fingerprint"], "decoder": trained.decoder}
 
 
 def describe(config: TokenizerConfig, source: ImageSource) -> dict[str, Any]:
     """What a run would be and need, for ``--dry-run``: nothing is allocated."""
     with torch.device("meta"):
         model = build_tokenizer(config)
-    parameters = sum(p.numel() for p in model.parameters())
+        adversary = PatchDiscriminator() if config.adversarial_start is not None else nn.Identity()
+    model.encoder.requires_grad_(not config.decoder_only)
+    networks = [*model.parameters(), *adversary.parameters()]
+    parameters = _count(model.parameters())
+    held = _count(networks)
+    trained = _count(p for p in networks if p.requires_grad)
     images = len(source)
     return {
         "parameters": parameters,
@@ -43,9 +101,13 @@ def describe(config: TokenizerConfig, source: ImageSource) -> dict[str, Any]:
         ),
         "peak learning rate": config.lr,
         # fp32 weights, gradients, two Adam moments and the EMA, 4 bytes each.
-        "memory for weights and optimizer (bytes)": 20 * parameters,
-        "disk a checkpoint (bytes)": 16 * parameters,
+        "memory for weights and optimizer (bytes)": 4 * (held + 3 * trained + parameters),
+        "disk a checkpoint (bytes)": 4 * (held + 2 * trained + parameters),
     }
+
+
+def _count(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @flushed_denormals()
@@ -55,6 +117,8 @@ def train_tokenizer(
     out: Path,
     execution: Execution,
     *,
+    finetune: Path | None = None,
+    validation: Validation | None = None,
     weights_dir: Path | None = None,
 ) -> None:
     """Train (or go on training) the tokenizer of ``config`` on the images of ``data``.
@@ -64,23 +128,39 @@ def train_tokenizer(
 
     Args:
         data: class folders, a list file, or a folder of tars; see ``images.open_images``.
+        finetune: with a recipe for the decoder alone, the tokenizer run whose decoder it tunes;
+            that run is only read.
+        validation: how the training is looked at; by default with pictures now and then.
         weights_dir: where the perceptual term's published weights lie, if not in a hub's cache.
 
     Raises:
         InputError: no images. WeightsError: the perceptual term's weights are not to be had.
-        ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit`` and
-            ``open_run``.
+        ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit``,
+            ``open_run`` and `with_network_of`.
     """
     source = open_images(data)
+    config = with_network_of(config, finetune)
     accelerator, config = start(config, execution, out)
-    steps = duration_in_steps(config.duration, images=len(source), global_batch=config.global_batch)
     device = accelerator.device
-    model = build_tokenizer(config).to(device)
-    perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
+
+    def in_steps(duration: str, least: int) -> int:
+        batch = config.global_batch
+        return duration_in_steps(duration, images=len(source), global_batch=batch, least=least)
+
+    steps = in_steps(config.duration, 1)
+    model = build_tokenizer(config)
+    inputs: dict[str, Any] = {"data": source.identity}
+    if finetune is not None:
+        inputs["tuned from"] = begin_tuning(model, finetune)
+    model.to(device)
     ema = AveragedModel(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
     )
+    adversary = None
+    if config.adversarial_start is not None:
+        adversary = Adversary(config, in_steps(config.adversarial_start, 0), accelerator)
+    perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
     loader = ImageLoader(
         source,
         config.image_size,
@@ -92,9 +172,19 @@ def train_tokenizer(
         flip=config.flip,
     )
     parts = Parts({"model": model}, {"optimizer": optimizer}, ema, loader)
-    trained = accelerator.prepare_model(torch.compile(model) if execution.compile else model)
+    if adversary is not None:
+        parts.models["discriminator"] = adversary.discriminator
+        parts.optimizers["discriminator_optimizer"] = adversary.optimizer
+    if execution.compile:
+        # Apart, and with sizes left open: the count of visible tokens changes from step to step.
+        model.encoder.compile(dynamic=True)
+        model.decoder.compile(dynamic=True)
+    trained = accelerator.prepare_model(model)
 
     def update(batch: Any, step: int) -> dict[str, Tensor]:
+        against = adversary if adversary is not None and step >= adversary.start else None
+        rebuilt: list[Tensor] = []
+
         def losses(part: Any) -> dict[str, Tensor]:
             output = trained(
                 part.images,
@@ -104,6 +194,8 @@ def train_tokenizer(
                 mask_ratio=config.mask_ratio,
                 mask_kind=config.mask,
             )
+            if against is not None:
+                rebuilt.append(output.reconstruction.detach())
             return reconstruction_losses(
                 part.images,
                 output.reconstruction,
@@ -111,18 +203,23 @@ def train_tokenizer(
                 perceptual=perceptual,
                 perceptual_weight=config.perceptual_weight,
                 kl_weight=config.kl_weight,
+                discriminator=against.discriminator if against is not None else None,
+                adversarial_weight=config.adversarial_weight,
             )
 
         values = accumulate(accelerator, trained, batch, execution.micro_batch, losses)
-        values["gradient_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        values["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if against is not None:
+            pairs = Pairs(batch.images, torch.cat(rebuilt), batch.ids)
+            values |= against.update(pairs, execution.micro_batch)
         return values
 
     record = {
         "data": {"path": str(data), "images": len(source)},
         "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": _count(model.parameters()),
         "command": sys.argv,
     }
     with opened_run(
@@ -130,7 +227,7 @@ def train_tokenizer(
         out,
         kind="tokenizer",
         config=to_json(config),
-        inputs={"data": source.identity},
+        inputs=inputs,
         extra=record,
         keep=execution.keep_checkpoints,
     ) as run:
@@ -149,4 +246,13 @@ def train_tokenizer(
             global_batch=config.global_batch,
             seed=config.seed,
             execution=execution,
+            inspections=inspections(
+                validation or Validation(),
+                config,
+                ema.module,
+                source,
+                accelerator=accelerator,
+                out=out,
+            ),
+            describe_ids=lambda ids: ", ".join(loader.names(ids)),
         )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -83,6 +84,8 @@ def make_accelerator(
         return Accelerator(
             mixed_precision=mixed,
             cpu=cpu,
+            # No buffer that is trained with needs to be the same on all processes.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             log_with=list(execution.trackers) or None,
             project_dir=str(project) if project else None,
         )
@@ -376,9 +379,14 @@ def _means(
     Raises:
         NonFiniteError: in the first step with a loss that is not finite.
     """
-    names = list(pending[0][2])
+    # A term may join in the middle: the discriminator's do.
+    names = list(dict.fromkeys(name for _, _, values in pending for name in values))
+    absent = torch.zeros_like(pending[0][2]["loss"], dtype=torch.float32)
     table = torch.stack(
-        [torch.stack([values[name].float() for name in names]) for _, _, values in pending]
+        [
+            torch.stack([values.get(name, absent).float() for name in names])
+            for _, _, values in pending
+        ]
     )
     mine = table.cpu()
     table = accelerator.reduce(table, "mean").cpu()  # (steps, names)
@@ -394,7 +402,9 @@ def _means(
                 f"{', '.join(bad)} of step {step + 1:,} is not finite ({where}); the last "
                 "checkpoint is untouched. Lower the learning rate, or train in fp32"
             )
-    return dict(zip(names, table.mean(0).tolist(), strict=True))
+    counts = [sum(name in values for _, _, values in pending) for name in names]
+    totals = table.sum(0).tolist()
+    return {name: totals[i] / counts[i] for i, name in enumerate(names)}
 
 
 def _named(ids: list[int], describe_ids: Callable[[Sequence[int]], str] | None) -> str:
