@@ -8,30 +8,26 @@ values, so a step costs one token. B images, N tokens, W width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detok_pipe.generators.guidance import scale_at
-from detok_pipe.generators.head import DiffusionHead
 from detok_pipe.generators.layers import (
     LAYER_NORM_EPS,
     AdaLNBlock,
     AnyNoise,
     KeyValueCache,
     Modulation,
-    drop_labels,
-    embed_labels,
-    init_linear_layers,
+    learned_vectors,
     modulate,
 )
-from detok_pipe.generators.patch import patchify, token_grid, unpatchify
 from detok_pipe.generators.sampling import Sampling
+from detok_pipe.generators.token_generator import TokenGenerator, pick
 from detok_pipe.latents.errors import ConfigError
 
 # Rows x steps whose modulations are made at once while sampling.
@@ -51,7 +47,7 @@ class FinalModulation(nn.Module):
         return modulate(F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), shift, scale)
 
 
-class ARDiff(nn.Module):
+class ARDiff(TokenGenerator):
     """Autoregressive generator: RandomAR (`order="random"`) or RasterAR (`order="raster"`).
 
     Noise names: "label_drop", "order" (random order only), "head/t", "head/noise" in training;
@@ -59,57 +55,35 @@ class ARDiff(nn.Module):
     `method`; `steps` None means 100 head steps.
 
     Args:
-        grid: latent grid, (h, w) or (n,). channels: latent channels C. num_classes: labels.
-        width, depth, heads: of the transformer. head_width, head_depth: of the diffusion head.
-        patch_size: latent places a token's side covers.
-        label_drop: share of labels replaced by null in training.
-        head_draws: (t, noise) pairs a token in the loss.
+        width, depth, heads: of the transformer.
+        common: see `TokenGenerator`.
     """
 
     def __init__(
         self,
         *,
-        grid: Sequence[int],
-        channels: int,
-        num_classes: int,
         order: Literal["random", "raster"],
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
-        head_width: int = 1024,
-        head_depth: int = 3,
-        patch_size: int = 1,
-        label_drop: float = 0.1,
-        head_draws: int = 4,
+        **common: Any,
     ) -> None:
-        super().__init__()
         if order not in ("random", "raster"):
             raise ConfigError(f"order: must be random or raster, got {order!r}")
-        self.grid, self.channels, self.num_classes = tuple(grid), channels, num_classes
-        self.tokens = math.prod(token_grid(grid, patch_size))
-        self.patch_size, self.order, self.heads = patch_size, order, heads
-        self.label_drop, self.head_draws = label_drop, head_draws
-        token_channels = channels * patch_size**2
-
-        def table(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(1, *shape) * 0.02)
-
-        self.fake_latent = table(width)
-        self.bos_token = table(1, width)
-        self.pos_embed = table(self.tokens + 1, width)
-        self.target_pos_embed = table(self.tokens, width)
-        self.timesteps_embeddings = table(self.tokens + 1, width)
-        self.class_emb = nn.Embedding(num_classes, width)
-        self.x_embedder = nn.Linear(token_channels, width)
+        super().__init__(width=width, **common)
+        self.order, self.heads = order, heads
+        self.bos_token = learned_vectors(1, width)
+        self.pos_embed = learned_vectors(self.tokens + 1, width)
+        self.target_pos_embed = learned_vectors(self.tokens, width)
+        self.timesteps_embeddings = learned_vectors(self.tokens + 1, width)
+        self.x_embedder = nn.Linear(self.token_channels, width)
         self.ln_pre = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         self.transformer = nn.ModuleDict(
             {"blocks": nn.ModuleList(AdaLNBlock(width, heads, norm=norm) for _ in range(depth))}
         )
         self.final_layer = FinalModulation(width)
-        init_linear_layers(self)
-        nn.init.normal_(self.class_emb.weight, std=0.02)
-        self.diffloss = DiffusionHead(token_channels, width, width=head_width, depth=head_depth)
+        self.init_weights()
 
     @property
     def blocks(self) -> Sequence[AdaLNBlock]:
@@ -133,7 +107,7 @@ class ARDiff(nn.Module):
         start = (self.bos_token + position[:1]).expand(len(tokens), -1, -1)
         x = torch.cat((start, known), dim=1) + self.target_pos_embed[0][order]
         x = self.ln_pre(x)
-        label = embed_labels(condition, self.class_emb, self.fake_latent)[:, None]  # (B, 1, W)
+        label = self.embed_labels(condition)[:, None]  # (B, 1, W)
         steps = label + self.timesteps_embeddings[:, : self.tokens]  # (B, N, W)
         for block in self.blocks:
             x = block(x, block.adaLN_modulation(steps), causal=True)
@@ -141,11 +115,9 @@ class ARDiff(nn.Module):
 
     def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
         """Mean diffusion loss over all tokens. z (B, N p^2, C) fp32 normalised."""
-        tokens = patchify(z, self.grid, self.patch_size, "crq")
-        if self.training:
-            condition = drop_labels(condition, self.label_drop, noise)
+        tokens, condition = self.training_inputs(z, condition, noise)
         order = self.places(noise, z.device)
-        tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+        tokens = pick(tokens, order)
         decoded = self.transform(tokens, order, condition)
         return self.diffloss.loss(tokens, decoded, noise, self.head_draws)
 
@@ -166,12 +138,10 @@ class ARDiff(nn.Module):
         for i, scale in enumerate(scales):
             decoded = decoder.step(i, new, halves=2 if i < guided_until else 1)
             decoded = decoded if scale != 1.0 else decoded[:batch]
-            draws = noise.normal_steps(f"head/{i}", head.chain.steps + 1, (self.diffloss.channels,))
+            draws = noise.normal_steps(f"head/{i}", head.chain.steps + 1, (self.token_channels,))
             new = head(decoded, draws, scale)  # (B, c)
             tokens.append(new)
-        z = torch.stack(tokens, dim=1)
-        z = z.gather(1, order.argsort(dim=1)[..., None].expand_as(z))
-        return unpatchify(z, self.grid, self.patch_size, "crq")
+        return self.assembled(torch.stack(tokens, dim=1), order)
 
 
 class _CachedDecoder:
@@ -185,7 +155,7 @@ class _CachedDecoder:
         self.batch = len(condition)
         null = condition.new_full((1,), -1)
         labels = torch.cat((condition, null)) if guided else condition
-        self.label = embed_labels(labels, model.class_emb, model.fake_latent)  # (B + 1, W)
+        self.label = model.embed_labels(labels)  # (B + 1, W)
         # Modulations need no token: they are made for several steps in one matrix product.
         self.ahead = max(1, _ROWS_AHEAD // len(self.label))
         self.parts: list[Tensor] = []

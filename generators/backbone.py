@@ -9,17 +9,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detok_pipe.generators.guidance import combine
 from detok_pipe.generators.layers import (
     AdaLNBlock,
+    AnyNoise,
     FinalLayer,
     Rope,
     TimeEmbedding,
+    drop_labels,
     gelu_mlp,
     init_linear_layers,
+    learned_vectors,
     plain_layer_norm,
 )
 from detok_pipe.generators.patch import patchify, token_grid, unpatchify
@@ -68,29 +73,39 @@ class Blocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
+    @property
+    def layers(self) -> Iterable[AdaLNBlock]:
+        """`blocks`, typed."""
+        return cast(Iterable[AdaLNBlock], self.blocks)
+
     def forward(self, x: Tensor, y: Tensor, rope: Rope | None) -> Tensor:
         """x (B, T, W), condition y (B, 1, W) -> (B, T, W)."""
-        for block in cast(Iterable[AdaLNBlock], self.blocks):
+        for block in self.layers:
             x = block(x, block.adaLN_modulation(y), rope=rope)
         return x
 
 
 class Backbone(nn.Module):
-    """x_t (B, N, C), time, label -> (B, N, out_channels).
+    """x_t (B, N, C), time, label -> `outputs` predictions for each of the N C numbers.
+
+    A kind of generator sets the class attributes, and says at which times it trains and with
+    which losses; how it samples is its own.
 
     Args:
-        grid: latent places, (rows, columns), or (N,) for a sequence.
-        channels: C.
+        grid: latent grid, (rows, columns), or (N,) for a sequence. channels: latent channels C.
         num_classes: number of labels; one more, the null class, is added.
         width, depth, heads: W, number of blocks, H.
-        patch_size: p x p places a token.
-        out_channels: channels predicted for each place.
-        learned_positions: train the position embedding. Sequences always learn theirs.
-        norm, mlp, qk_norm: as in `AdaLNBlock`; `norm` serves the final layer too.
+        patch_size: latent places a token's side covers.
+        label_drop: share of labels replaced by null in training.
 
     Raises:
         ConfigError: sizes that do not fit each other.
     """
+
+    outputs = 1  # predictions a channel
+    learned_positions = False  # train the position embedding; sequences always learn theirs
+    norm: Callable[[int], nn.Module] = staticmethod(plain_layer_norm)  # see `AdaLNBlock`
+    mlp: Callable[[int], nn.Module] = staticmethod(gelu_mlp)
 
     def __init__(
         self,
@@ -98,15 +113,11 @@ class Backbone(nn.Module):
         grid: Sequence[int],
         channels: int,
         num_classes: int,
-        width: int,
-        depth: int,
-        heads: int,
-        patch_size: int,
-        out_channels: int,
-        learned_positions: bool = False,
-        norm: Callable[[int], nn.Module] = plain_layer_norm,
-        mlp: Callable[[int], nn.Module] = gelu_mlp,
-        qk_norm: Callable[[int], nn.Module] | None = None,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        patch_size: int = 1,
+        label_drop: float = 0.1,
     ) -> None:
         super().__init__()
         if width % heads or width % 4:
@@ -115,23 +126,25 @@ class Backbone(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.patch_size = patch_size
-        tokens = token_grid(grid, patch_size)
+        self.label_drop = label_drop
+        self.head_width = width // heads
+        self.token_grid = token_grid(grid, patch_size)
         self.places = math.prod(grid)
-        self.tokens = math.prod(tokens)
+        self.tokens = math.prod(self.token_grid)
         self.x_embedder = PatchEmbedding(grid, channels, width, patch_size)
         self.t_embedder = TimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         if len(grid) == 1:
-            self.pos_embed = nn.Parameter(torch.randn(1, *tokens, width) * 0.02)
-        elif learned_positions:
-            self.pos_embed = nn.Parameter(sincos_positions(tokens, width))
+            self.pos_embed = learned_vectors(self.tokens, width)
+        elif self.learned_positions:
+            self.pos_embed = nn.Parameter(sincos_positions(self.token_grid, width))
         else:
-            self.register_buffer("pos_embed", sincos_positions(tokens, width))
+            self.register_buffer("pos_embed", sincos_positions(self.token_grid, width))
         self.rope: nn.Module | None = None
         self.transformer = Blocks(
-            [AdaLNBlock(width, heads, norm=norm, mlp=mlp, qk_norm=qk_norm) for _ in range(depth)]
+            [AdaLNBlock(width, heads, norm=self.norm, mlp=self.mlp) for _ in range(depth)]
         )
-        self.final_layer = FinalLayer(width, out_channels * patch_size**2, norm)
+        self.final_layer = FinalLayer(width, self.outputs * channels * patch_size**2, self.norm)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -157,6 +170,65 @@ class Backbone(nn.Module):
         rope = self.rope() if self.rope is not None else None
         h = self.final_layer(self.transformer(h, y, rope), y)
         return unpatchify(h, self.grid, self.patch_size, "rqc").float()
+
+    def guided(
+        self,
+        x: Tensor,
+        t: np.ndarray,
+        condition: Tensor,
+        scales: np.ndarray,
+        guided_channels: int | None,
+    ) -> Tensor:
+        """`network` with guidance on the first `guided_channels` predictions (None: all).
+
+        The null halves of the images to be guided are evaluated in the same batch; where the
+        scale is 1, none is.
+
+        Args:
+            x: (B, N, C). condition: (B,) int64.
+            t, scales: (B,) on the host, each image's time and guidance scale.
+        """
+        time = _on_device(t, x.device)
+        rows = np.flatnonzero(scales != 1.0)
+        if not len(rows):
+            return self.network(x, time, condition)
+        every = len(rows) == len(x)
+        at = slice(None) if every else torch.as_tensor(rows, device=x.device)
+        label = torch.cat((condition, torch.full_like(condition[at], -1)))
+        out = self.network(torch.cat((x, x[at])), torch.cat((time, time[at])), label)
+        out, null = out[: len(x)], out[len(x) :]
+        scale = _on_device(scales[rows], x.device).view(-1, 1, 1)
+        guided = combine(out[at], null, scale, guided_channels)
+        return guided if every else out.index_copy(0, at, guided)
+
+    def training_times(self, noise: AnyNoise) -> Tensor:
+        """t (B,) in the model's own unit, from the noise named "t"."""
+        raise NotImplementedError
+
+    def losses(self, z: Tensor, condition: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Each image's loss, fp32 (B,). z, eps (B, N, C); t (B,)."""
+        raise NotImplementedError
+
+    def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
+        """Mean of `losses` at random times. z (B, N, C) fp32 normalised; condition (B,) int64.
+
+        Noise names: "label_drop", "t", "noise".
+        """
+        if self.training:
+            condition = drop_labels(condition, self.label_drop, noise)
+        t = self.training_times(noise)
+        return self.losses(z, condition, t, noise.normal("noise", z.shape[1:])).mean()
+
+    forward = loss
+
+    def compile_sampler(self) -> None:
+        """Let `sample` evaluate the network compiled."""
+        self.network = torch.compile(self.network)  # type: ignore[method-assign]
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers from the host as fp32, without waiting for the device."""
+    return torch.as_tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def sincos_positions(grid: Sequence[int], width: int) -> Tensor:

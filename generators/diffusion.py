@@ -41,11 +41,15 @@ class Schedule:
 
     @property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """log variance of q(x_{t-1} | x_t, x_0); entry 0, where it is -inf, repeats entry 1."""
+        """log variance of q(x_{t-1} | x_t, x_0); entry 0, where it is -inf, repeats entry 1.
+
+        A schedule of one step has no entry 1; there it is log beta, which no sample depends on.
+        """
         kept = self.alphas_cumprod
         before = np.append(1.0, kept[:-1])
         variance = self.betas * (1.0 - before) / (1.0 - kept)
-        return np.log(np.append(variance[1:2], variance[1:]))
+        variance[0] = variance[1] if len(variance) > 1 else self.betas[0]
+        return np.log(variance)
 
     @property
     def mean_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
@@ -169,13 +173,17 @@ def _binned_log_likelihood(x: Tensor, deviation: Tensor, log_std: Tensor) -> Ten
 class ReverseChain:
     """Sampling side: the steps of a respaced schedule, from the last to the first.
 
-    The coefficients are Python floats, which enter a kernel as arguments: nothing is copied to
-    the device and nothing waits for it.
+    The coefficients of all steps lie in one table on the device, so that a step can be compiled
+    or captured once for all, and nothing is copied or waited for between steps.
 
     Args:
         name: "linear" or "cosine". steps: of the respaced schedule.
         temperature: factor on each step's noise.
         clip: bound on the magnitude of each step's predicted x_0; None (as published) for none.
+
+    Attributes:
+        timestep_map: the step numbers that the network sees.
+        table: fp32 (steps, 9), what `reverse_step` takes a row of.
     """
 
     def __init__(
@@ -185,38 +193,51 @@ class ReverseChain:
         *,
         temperature: float = 1.0,
         clip: float | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        table = schedule(name, steps)
-        self.steps, self.temperature, self.clip = steps, temperature, clip
-        self.timestep_map: list[int] = table.timestep_map.tolist()
-        kept = table.alphas_cumprod
+        given = schedule(name, steps)
+        self.steps, self.clip = steps, clip
+        self.timestep_map: list[int] = given.timestep_map.tolist()
+        kept = given.alphas_cumprod
         before = np.append(1.0, kept[:-1])
-        self._a, self._b = (column.tolist() for column in table.mean_coefficients)
-        self._implied = np.stack((1.0 / np.sqrt(kept), np.sqrt(1.0 / kept - 1.0)), 1).tolist()
-        self._towards = (np.sqrt(before) * table.betas / (1.0 - kept)).tolist()
-        self._remains = (np.sqrt(1.0 - table.betas) * (1.0 - before) / (1.0 - kept)).tolist()
-        self._low: list[float] = table.posterior_log_variance_clipped.tolist()
-        self._high: list[float] = np.log(table.betas).tolist()
-
-    def _mean(self, i: int, x: Tensor, eps: Tensor) -> Tensor:
-        if self.clip is None:
-            return torch.add(self._a[i] * x, eps, alpha=-self._b[i])
-        signal, spread = self._implied[i]
-        x_0 = torch.add(signal * x, eps, alpha=-spread).clamp_(-self.clip, self.clip)
-        return torch.add(self._towards[i] * x_0, x, alpha=self._remains[i])
+        low, high = given.posterior_log_variance_clipped, np.log(given.betas)
+        # Half of low + (v + 1) / 2 * (high - low) is the log of the standard deviation.
+        slope = (high - low) / 4.0
+        offset = low / 2.0 + slope
+        heat = np.full(steps, temperature)
+        slope[0] = offset[0] = heat[0] = 0.0  # step 0 adds no noise, whatever v is
+        columns = (
+            *given.mean_coefficients,
+            1.0 / np.sqrt(kept),
+            np.sqrt(1.0 / kept - 1.0),
+            np.sqrt(before) * given.betas / (1.0 - kept),
+            np.sqrt(1.0 - given.betas) * (1.0 - before) / (1.0 - kept),
+            slope,
+            offset,
+            heat,
+        )
+        self.table = torch.tensor(np.stack(columns, 1), dtype=torch.float32, device=device)
 
     def step(self, i: int, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor) -> Tensor:
-        """x_{i-1} from x_i, all fp32 (R, ...). Step 0 adds no noise.
+        """x_{i-1} from x_i; i from steps - 1 (first) to 0 (last). See `reverse_step`."""
+        return reverse_step(self.table[i], x, eps, v, noise, self.clip)
 
-        Args:
-            i: place in the respaced schedule, steps - 1 (first) to 0 (last).
-            eps: predicted (and guided) noise. v: interpolation of the log variance.
-            noise: standard normals.
-        """
-        mean = self._mean(i, x, eps)
-        if i == 0:
-            return mean
-        # Half of low + (v + 1) / 2 * (high - low): the log of the standard deviation.
-        slope = (self._high[i] - self._low[i]) / 4.0
-        std = torch.exp(v * slope + (self._low[i] / 2.0 + slope))
-        return torch.addcmul(mean, std, noise, value=self.temperature)
+
+def reverse_step(
+    row: Tensor, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor, clip: float | None
+) -> Tensor:
+    """x_{i-1} from x_i, all fp32 (R, ...).
+
+    Args:
+        row: the step's row of `ReverseChain.table`, (9,).
+        eps: predicted (and guided) noise. v: interpolation of the log variance.
+        noise: standard normals.
+        clip: bound on the predicted x_0, None for none.
+    """
+    a, b, signal, spread, towards, remains, slope, offset, heat = row.unbind()
+    if clip is None:
+        mean = a * x - b * eps
+    else:
+        x_0 = (signal * x - spread * eps).clamp(-clip, clip)
+        mean = towards * x_0 + remains * x
+    return torch.addcmul(mean, torch.exp(v * slope + offset), heat * noise)

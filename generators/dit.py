@@ -4,15 +4,16 @@ Peebles and Xie 2023, "Scalable diffusion models with transformers". Linear sche
 steps, eps prediction, learned-range variance.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from detok_pipe.generators.backbone import Backbone
 from detok_pipe.generators.diffusion import TRAIN_STEPS, GaussianDiffusion, ReverseChain
-from detok_pipe.generators.guidance import combine, scale_at
-from detok_pipe.generators.layers import AnyNoise, drop_labels
+from detok_pipe.generators.guidance import scale_at
+from detok_pipe.generators.layers import AnyNoise
 from detok_pipe.generators.sampling import Sampling
 
 
@@ -21,53 +22,27 @@ class DiT(Backbone):
 
     Noise names: "label_drop", "t", "noise" in training; "start" and "step/<i>" in sampling, i
     counting the respaced chain down to 0. Sampling uses the guidance options (on eps only; the
-    published classic guides `guided_channels=3`), `temperature` and `steps` (None: 250).
+    published classic guides `guided_channels=3`), `temperature`, `clip` and `steps` (None: 250).
 
     Args:
-        grid: latent grid, (h, w) or (n,). channels: latent channels C. num_classes: labels.
-        width, depth, heads: of the transformer. patch_size: latent places a token's side covers.
-        label_drop: share of labels replaced by null in training.
+        sizes: see `Backbone`.
     """
 
-    def __init__(
-        self,
-        *,
-        grid: Sequence[int],
-        channels: int,
-        num_classes: int,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        patch_size: int = 1,
-        label_drop: float = 0.1,
-    ) -> None:
-        super().__init__(
-            grid=grid,
-            channels=channels,
-            num_classes=num_classes,
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch_size=patch_size,
-            out_channels=2 * channels,
-        )
-        self.label_drop = label_drop
+    outputs = 2
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
         self.diffusion = GaussianDiffusion("linear")
+
+    def training_times(self, noise: AnyNoise) -> Tensor:
+        """Step numbers (B,) int64, uniform in 0..999."""
+        return noise.uniform("t", ()).mul(TRAIN_STEPS).long()
 
     def losses(self, z: Tensor, condition: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Each image's MSE + VLB, fp32 (B,). z, eps (B, N, C); t (B,) int64 in 0..999."""
         predicted, v = self.network(self.diffusion.noised(z, eps, t), t, condition).chunk(2, -1)
         mse, vlb = self.diffusion.losses(z, eps, t, predicted, v)
         return mse + vlb
-
-    def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
-        """Mean of `losses` at random steps. z (B, N, C) fp32 normalised; condition (B,) int64."""
-        if self.training:
-            condition = drop_labels(condition, self.label_drop, noise)
-        t = noise.uniform("t", ()).mul(TRAIN_STEPS).long()
-        return self.losses(z, condition, t, noise.normal("noise", z.shape[1:])).mean()
-
-    forward = loss
 
     @torch.no_grad()
     def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
@@ -78,17 +53,13 @@ class DiT(Backbone):
             sampling.steps or 250,
             temperature=sampling.temperature,
             clip=sampling.clip,
+            device=condition.device,
         )
-        both = torch.cat((condition, torch.full_like(condition, -1)))
+        eps_channels = min(sampling.guided_channels or self.channels, self.channels)
         x = noise.normal("start", shape)
         for i in reversed(range(chain.steps)):
-            scale = scale_at(sampling, 1.0 - (i + 1) / chain.steps)
-            rows = batch if scale == 1.0 else 2 * batch
-            t = torch.full((rows,), chain.timestep_map[i], device=condition.device)
-            out = self.network(x if rows == batch else torch.cat((x, x)), t, both[:rows])
-            eps, v = out.chunk(2, -1)
-            if rows > batch:
-                eps = combine(eps[:batch], eps[batch:], scale, sampling.guided_channels)
-            draw = noise.normal(f"step/{i}", shape)
-            x = chain.step(i, x, eps, v[:batch], draw)
+            t = np.full(batch, chain.timestep_map[i])
+            scales = np.full(batch, scale_at(sampling, 1.0 - (i + 1) / chain.steps))
+            eps, v = self.guided(x, t, condition, scales, eps_channels).chunk(2, -1)
+            x = chain.step(i, x, eps, v, noise.normal(f"step/{i}", shape))
         return x

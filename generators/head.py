@@ -7,14 +7,20 @@ of 1000 steps, eps prediction, learned-range variance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detok_pipe.generators.diffusion import TRAIN_STEPS, GaussianDiffusion, ReverseChain
+from detok_pipe.generators.captured import CapturedCall
+from detok_pipe.generators.diffusion import (
+    TRAIN_STEPS,
+    GaussianDiffusion,
+    ReverseChain,
+    reverse_step,
+)
 from detok_pipe.generators.guidance import combine
 from detok_pipe.generators.layers import (
     LAYER_NORM_EPS,
@@ -56,6 +62,10 @@ class HeadNet(nn.Module):
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start values of all layers; the network then predicts zero."""
         init_linear_layers(self)
         for name in ("0.weight", "2.weight"):
             nn.init.normal_(self.time_embed.mlp.get_parameter(name), std=0.02)
@@ -85,6 +95,11 @@ class DiffusionHead(nn.Module):
         self.channels = channels
         self.net = HeadNet(channels, condition, width, depth)
         self.diffusion = GaussianDiffusion("cosine")
+        self.compiled = False
+
+    def compile_sampler(self) -> None:
+        """Let samplers made from now on compile their steps."""
+        self.compiled = True
 
     def losses(
         self, x_0: Tensor, condition: Tensor, t: Tensor, eps: Tensor
@@ -121,20 +136,15 @@ class DiffusionHead(nn.Module):
         covers `places` latent places.
         """
         chain = ReverseChain(
-            "cosine", sampling.steps or 100, temperature=sampling.temperature, clip=sampling.clip
+            "cosine",
+            sampling.steps or 100,
+            temperature=sampling.temperature,
+            clip=sampling.clip,
+            device=self.net.input_proj.weight.device,
         )
         guided = sampling.guided_channels
-        return HeadSampler(self.net, chain, None if guided is None else guided * places)
-
-
-def _mlp(block: ResidualBlock, x: Tensor) -> Tensor:
-    """`block.mlp` of x (R, W), in the faster of two layouts."""
-    if x.device.type != "cpu" or not 8 <= len(x) <= 64:
-        return block.mlp(x)
-    first, act, second = cast(tuple[nn.Linear, nn.SiLU, nn.Linear], tuple(block.mlp))
-    # For few rows the CPU's matrix product is faster (1.5 times at 16 x 1024) with rows last.
-    hidden = act(torch.addmm(first.bias[:, None], first.weight, x.t()))  # (W, R)
-    return torch.addmm(second.bias[:, None], second.weight, hidden).t()
+        guided = None if guided is None else guided * places
+        return HeadSampler(self.net, chain, guided, compiled=self.compiled)
 
 
 class HeadSampler:
@@ -143,10 +153,23 @@ class HeadSampler:
     What depends on no token is made once here (time embeddings, the modulations' weights of all
     layers in one matrix with the LayerNorms' affine parts folded in); what depends on the
     condition but not on x_t is made for many steps in one matrix product. The loop over steps
-    has static shapes and never waits for the device.
+    has static shapes, no number from the host that changes between tokens, and never waits for
+    the device.
+
+    Args:
+        guided_channels: guide the first so many of a token's channels (None: all).
+        compiled: compile the step; on CUDA, replay the whole loop as one graph, captured once
+            for each number of rows.
     """
 
-    def __init__(self, net: HeadNet, chain: ReverseChain, guided_channels: int | None) -> None:
+    def __init__(
+        self,
+        net: HeadNet,
+        chain: ReverseChain,
+        guided_channels: int | None,
+        *,
+        compiled: bool = False,
+    ) -> None:
         self.net = net
         self.chain = chain
         self.guided_channels = guided_channels
@@ -165,6 +188,9 @@ class HeadSampler:
         (shift, scale), (shift_bias, scale_bias) = net.final_layer.adaLN_modulation.chunks(2)
         self.weight = torch.cat((*weights, shift, scale))  # ((3 depth + 2) W, W)
         self.bias = torch.cat((*biases, shift_bias, 1 + scale_bias))
+        self._step: Callable[..., Tensor] = torch.compile(head_step) if compiled else head_step
+        captured = compiled and device.type == "cuda"
+        self._run: Callable[..., Tensor] = CapturedCall(self._loop) if captured else self._loop
 
     def __call__(self, condition: Tensor, draws: Tensor, scale: float = 1.0) -> Tensor:
         """Denoise R rows.
@@ -179,6 +205,10 @@ class HeadSampler:
         Returns:
             (R, C) fp32.
         """
+        guided = None if scale == 1.0 else torch.full((), scale, device=draws.device)
+        return self._run(condition, draws.contiguous(), guided)
+
+    def _loop(self, condition: Tensor, draws: Tensor, scale: Tensor | None) -> Tensor:
         condition = self.net.cond_embed(condition)  # (R or 2R, W)
         ahead = max(1, _ROWS_AHEAD // max(1, len(condition)))
         x = draws[0]
@@ -190,25 +220,57 @@ class HeadSampler:
                 x = self.step(i, x, parts[i - first], draws[self.chain.steps - i], scale)
         return x
 
-    def step(self, i: int, x: Tensor, parts: Tensor, draw: Tensor, scale: float) -> Tensor:
-        """x_{i-1} (R, C) from x_i; parts (R or 2R, 3 depth + 2, W)."""
-        eps, v = self._network(x.to(parts.dtype), parts).float().chunk(2, dim=-1)
-        if scale != 1.0:
-            eps_cond, eps_null = eps.chunk(2)
-            eps = combine(eps_cond, eps_null, scale, self.guided_channels)
-            v = v[: len(x)]
-        return self.chain.step(i, x, eps, v, draw)
+    def step(self, i: int, x: Tensor, parts: Tensor, draw: Tensor, scale: Tensor | None) -> Tensor:
+        """x_{i-1} (R, C) from x_i; see `head_step`."""
+        row, clip = self.chain.table[i], self.chain.clip
+        return self._step(self.net, x, parts, row, draw, scale, self.guided_channels, clip)
 
-    def _network(self, x: Tensor, parts: Tensor) -> Tensor:
-        """x (R, C), shared by both halves of `parts` under guidance -> (R or 2R, 2C)."""
-        part = parts.unbind(1)
-        h = self.net.input_proj(x)
-        if len(h) != len(parts):
-            h = h.repeat(2, 1)
-        for j, block in enumerate(self.net.blocks):
-            shift, scale, gate = part[3 * j : 3 * j + 3]
-            n = F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
-            h = torch.addcmul(h, gate, _mlp(block, torch.addcmul(shift, n, scale)))
-        shift, scale = part[-2:]
-        n = F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
-        return self.net.final_layer.linear(torch.addcmul(shift, n, scale))
+
+def head_step(
+    net: HeadNet,
+    x: Tensor,
+    parts: Tensor,
+    row: Tensor,
+    draw: Tensor,
+    scale: Tensor | None,
+    guided_channels: int | None,
+    clip: float | None,
+) -> Tensor:
+    """One step of the chain, guided where there is a scale.
+
+    Args:
+        x: (R, C) fp32. parts: (R or 2R, 3 depth + 2, W), the modulations at this step.
+        row: of the chain's table. draw: (R, C) fp32. scale: (), None for no guidance.
+    """
+    eps, v = _modulated(net, x.to(parts.dtype), parts).float().chunk(2, dim=-1)
+    if scale is not None:
+        eps_cond, eps_null = eps.chunk(2)
+        eps = combine(eps_cond, eps_null, scale, guided_channels)
+        v = v[: len(x)]
+    return reverse_step(row, x, eps, v, draw, clip)
+
+
+def _modulated(net: HeadNet, x: Tensor, parts: Tensor) -> Tensor:
+    """x (R, C), shared by both halves of `parts` under guidance -> (R or 2R, 2C)."""
+    part = parts.unbind(1)
+    h = net.input_proj(x)
+    if len(h) != len(parts):
+        h = h.repeat(2, 1)
+    width = h.shape[1:]
+    for j, block in enumerate(net.blocks):
+        shift, scale, gate = part[3 * j : 3 * j + 3]
+        n = F.layer_norm(h, width, eps=LAYER_NORM_EPS)
+        h = torch.addcmul(h, gate, _mlp(block, torch.addcmul(shift, n, scale)))
+    shift, scale = part[-2:]
+    n = F.layer_norm(h, width, eps=LAYER_NORM_EPS)
+    return net.final_layer.linear(torch.addcmul(shift, n, scale))
+
+
+def _mlp(block: ResidualBlock, x: Tensor) -> Tensor:
+    """`block.mlp` of x (R, W), in the faster of two layouts."""
+    if x.device.type != "cpu" or not 8 <= len(x) <= 64:
+        return block.mlp(x)
+    first, act, second = cast(tuple[nn.Linear, nn.SiLU, nn.Linear], tuple(block.mlp))
+    # For few rows the CPU's matrix product is faster (1.5 times at 16 x 1024) with rows last.
+    hidden = act(torch.addmm(first.bias[:, None], first.weight, x.t()))  # (W, R)
+    return torch.addmm(second.bias[:, None], second.weight, hidden).t()

@@ -53,9 +53,9 @@ def drop_labels(condition: Tensor, probability: float, noise: AnyNoise) -> Tenso
     return condition.masked_fill(dropped, -1)
 
 
-def embed_labels(condition: Tensor, table: nn.Embedding, null: Tensor) -> Tensor:
-    """Labels (B,), -1 for null -> (B, W): rows of `table`, or the vector `null` (1, W)."""
-    return torch.where(condition[:, None] < 0, null, table(condition.clamp_min(0)))
+def learned_vectors(*shape: int) -> nn.Parameter:
+    """A table of vectors (1, *shape) to be learned, standard deviation 0.02."""
+    return nn.Parameter(torch.randn(1, *shape) * 0.02)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -147,25 +147,20 @@ class Attention(nn.Module):
 
     timm's has neither rotary embedding with a cache nor queries from a part of the tokens.
 
+    `q_norm` and `k_norm`, the identity unless a model replaces them, act on queries and keys over
+    D, before the rotary embedding.
+
     Args:
-        norm: makes the normalisation of queries and keys over D; None for none.
         dropout: on the attention weights and on the output projection.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        norm: Callable[[int], nn.Module] | None = None,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = norm(width // heads) if norm else nn.Identity()
-        self.k_norm = norm(width // heads) if norm else nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def _project(self, x: Tensor, first: int, count: int) -> tuple[Tensor, ...]:
@@ -240,7 +235,6 @@ class AdaLNBlock(nn.Module):
     Args:
         norm: makes norm1 and norm2 from the width.
         mlp: makes the MLP from the width.
-        qk_norm: makes the normalisation of queries and keys, None for none.
     """
 
     def __init__(
@@ -250,11 +244,10 @@ class AdaLNBlock(nn.Module):
         *,
         norm: Callable[[int], nn.Module],
         mlp: Callable[[int], nn.Module] = gelu_mlp,
-        qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = norm(width)
-        self.attn = Attention(width, heads, norm=qk_norm)
+        self.attn = Attention(width, heads)
         self.norm2 = norm(width)
         self.mlp = mlp(width)
         self.adaLN_modulation = Modulation(width, 6)

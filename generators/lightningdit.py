@@ -6,15 +6,14 @@ models".
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detok_pipe.generators import flow
 from detok_pipe.generators.layers import AnyNoise, Rope
-from detok_pipe.generators.patch import token_grid
-from detok_pipe.generators.sit import FlowTransformer
+from detok_pipe.generators.sit import SiT
 from detok_pipe.latents.errors import ConfigError
 
 # float32's machine epsilon. Explicit, because torch's default follows the input's dtype.
@@ -67,62 +66,38 @@ class RotaryTable(nn.Module):
         return self.freqs_cos, torch.stack((-pairs[..., 0], pairs[..., 1]), dim=-1).flatten(-2)
 
 
-class LightningDiT(FlowTransformer):
-    """See `FlowTransformer`; training times are logit-normal, Euler's points lean towards noise.
+class LightningDiT(SiT):
+    """See `SiT`; training times are logit-normal, Euler's points lean towards noise.
 
     Args:
-        grid: latent grid, (h, w), or (n,) without rotary embedding. channels: latent channels C.
-        num_classes: labels. width, depth, heads: of the transformer.
-        patch_size: latent places a token's side covers.
-        label_drop: share of labels replaced by null in training.
         qk_norm: RMSNorm of queries and keys, before the rotary embedding.
         cosine_loss: add 1 - cosine similarity of velocity and target over the channels. The
             published recipe computes it without using it.
+        sizes: see `Backbone`. Sequences (a grid of one size) have no rotary embedding.
     """
 
     shift = 0.3
+    learned_positions = True
+    norm = staticmethod(rms_norm)
+    mlp = SwiGLU
 
-    def __init__(
-        self,
-        *,
-        grid: Sequence[int],
-        channels: int,
-        num_classes: int,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        patch_size: int = 1,
-        label_drop: float = 0.1,
-        qk_norm: bool = False,
-        cosine_loss: bool = False,
-    ) -> None:
-        super().__init__(
-            grid=grid,
-            channels=channels,
-            num_classes=num_classes,
-            width=width,
-            depth=depth,
-            heads=heads,
-            patch_size=patch_size,
-            label_drop=label_drop,
-            learned_positions=True,
-            norm=rms_norm,
-            mlp=SwiGLU,
-            qk_norm=rms_norm if qk_norm else None,
-        )
+    def __init__(self, *, qk_norm: bool = False, cosine_loss: bool = False, **sizes: Any) -> None:
+        super().__init__(**sizes)
         self.cosine_loss = cosine_loss
+        if qk_norm:
+            for block in self.transformer.layers:
+                block.attn.q_norm = rms_norm(self.head_width)
+                block.attn.k_norm = rms_norm(self.head_width)
         if len(self.grid) == 2:
-            self.rope = RotaryTable(token_grid(grid, patch_size), width // heads)
+            self.rope = RotaryTable(self.token_grid, self.head_width)
 
     def training_times(self, noise: AnyNoise) -> Tensor:
         """t (B,), the logistic function of a standard normal."""
         return torch.sigmoid(noise.normal("t", ()))
 
-    def losses(self, z: Tensor, condition: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Each image's mean squared velocity error, plus the cosine loss where it is on, (B,)."""
-        velocity = self.network(flow.path(z, eps, t), t, condition)
-        target = flow.velocity_target(z, eps)
-        loss = (velocity - target).square().mean(dim=(1, 2))
+    def errors(self, velocity: Tensor, target: Tensor) -> Tensor:
+        """Each image's mean squared error, plus the cosine loss where it is on, (B,)."""
+        error = super().errors(velocity, target)
         if self.cosine_loss:
-            loss = loss + (1 - F.cosine_similarity(velocity, target, dim=-1)).mean(dim=1)
-        return loss
+            error = error + (1 - F.cosine_similarity(velocity, target, dim=-1)).mean(dim=1)
+        return error

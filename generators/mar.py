@@ -10,24 +10,16 @@ slice. B images, N tokens, W width, `buffer` class tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detok_pipe.generators.guidance import scale_at
-from detok_pipe.generators.head import DiffusionHead
-from detok_pipe.generators.layers import (
-    LAYER_NORM_EPS,
-    AnyNoise,
-    Block,
-    drop_labels,
-    embed_labels,
-    init_linear_layers,
-)
-from detok_pipe.generators.patch import patchify, token_grid, unpatchify
+from detok_pipe.generators.layers import LAYER_NORM_EPS, AnyNoise, Block, learned_vectors
 from detok_pipe.generators.sampling import Sampling
+from detok_pipe.generators.token_generator import TokenGenerator, pick
 from detok_pipe.latents.errors import ConfigError
 
 
@@ -60,7 +52,7 @@ def reveal_counts(tokens: int, iterations: int) -> list[int]:
     return [*counts, masked]
 
 
-class MAR(nn.Module):
+class MAR(TokenGenerator):
     """Masked autoregressive generator.
 
     Noise names: "label_drop", "order", "mask_ratio" (shared), "head/t", "head/noise" in training;
@@ -68,49 +60,29 @@ class MAR(nn.Module):
     64 iterations (or one a token, if fewer) and 100 head steps.
 
     Args:
-        grid: latent grid, (h, w) or (n,). channels: latent channels C. num_classes: labels.
         width, depth, heads: of both encoder and decoder (depth blocks each).
-        head_width, head_depth: of the diffusion head.
-        patch_size: latent places a token's side covers.
         buffer: class tokens that the encoder sees.
-        dropout: in the attentions, in training. label_drop: share of labels replaced by null.
-        head_draws: (t, noise) pairs a token in the loss.
+        dropout: in the attentions, in training.
+        common: see `TokenGenerator`.
     """
 
     def __init__(
         self,
         *,
-        grid: Sequence[int],
-        channels: int,
-        num_classes: int,
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
-        head_width: int = 1024,
-        head_depth: int = 3,
-        patch_size: int = 1,
         buffer: int = 64,
         dropout: float = 0.1,
-        label_drop: float = 0.1,
-        head_draws: int = 4,
+        **common: Any,
     ) -> None:
-        super().__init__()
-        self.grid, self.channels, self.num_classes = tuple(grid), channels, num_classes
-        self.tokens = math.prod(token_grid(grid, patch_size))
-        self.patch_size, self.buffer = patch_size, buffer
-        self.label_drop, self.head_draws = label_drop, head_draws
-        token_channels = channels * patch_size**2
-
-        def table(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(1, *shape) * 0.02)
-
-        self.fake_latent = table(width)
-        self.encoder_pos_embed_learned = table(buffer + self.tokens, width)
-        self.mask_token = table(1, width)
-        self.decoder_pos_embed_learned = table(buffer + self.tokens, width)
-        self.diffusion_pos_embed_learned = table(self.tokens, width)
-        self.class_emb = nn.Embedding(num_classes, width)
-        self.z_proj = nn.Linear(token_channels, width)
+        super().__init__(width=width, **common)
+        self.buffer = buffer
+        self.encoder_pos_embed_learned = learned_vectors(buffer + self.tokens, width)
+        self.mask_token = learned_vectors(1, width)
+        self.decoder_pos_embed_learned = learned_vectors(buffer + self.tokens, width)
+        self.diffusion_pos_embed_learned = learned_vectors(self.tokens, width)
+        self.z_proj = nn.Linear(self.token_channels, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.encoder_blocks = nn.ModuleList(
             Block(width, heads, dropout=dropout) for _ in range(depth)
@@ -121,14 +93,12 @@ class MAR(nn.Module):
             Block(width, heads, dropout=dropout) for _ in range(depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        init_linear_layers(self)
-        nn.init.normal_(self.class_emb.weight, std=0.02)
-        self.diffloss = DiffusionHead(token_channels, width, width=head_width, depth=head_depth)
+        self.init_weights()
 
     def embed_buffer(self, condition: Tensor) -> Tensor:
         """Labels (B,) -> the encoder's class tokens (B, buffer, W)."""
-        label = embed_labels(condition, self.class_emb, self.fake_latent)
-        return self.z_proj_ln(label[:, None] + self.encoder_pos_embed_learned[:, : self.buffer])
+        label = self.embed_labels(condition)[:, None]
+        return self.z_proj_ln(label + self.encoder_pos_embed_learned[:, : self.buffer])
 
     def embed_tokens(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Tokens (B, n, c) at `places` (B, n) int64 -> the encoder's input (B, n, W)."""
@@ -136,50 +106,45 @@ class MAR(nn.Module):
         return self.z_proj_ln(self.z_proj(tokens.to(position.dtype)) + position)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Buffer and known tokens (B, buffer + n, W) -> the same shape."""
+        """Buffer and known tokens (B, buffer + k, W) -> the same shape."""
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
 
-    def embed_masked(self, places: Tensor) -> Tensor:
-        """The decoder's input at unknown `places` (B, m) -> (B, m, W)."""
-        return self.mask_token + self.decoder_pos_embed_learned[0, self.buffer :][places]
+    def decoder_positions(self, order: Tensor) -> Tensor:
+        """Position embeddings of the buffer, then of the places in `order` (B, N): (B, ..., W)."""
+        table = self.decoder_pos_embed_learned[0]
+        buffer = table[: self.buffer].expand(len(order), -1, -1)
+        return torch.cat((buffer, table[self.buffer :][order]), dim=1)
 
-    def decode(self, encoded: Tensor, known: Tensor, masked: Tensor, places: Tensor) -> Tensor:
+    def decode(self, encoded: Tensor, positions: Tensor, places: Tensor) -> Tensor:
         """Outputs at the first unknown places, the head's conditions (B, n, W).
 
         Args:
             encoded: `encode`'s output (B, buffer + k, W).
-            known: (B, k) int64, its tokens' places.
-            masked: `embed_masked` of the unknown places (B, m, W).
-            places: (B, n) int64, the first n <= m of them, wanted now. The last block and the
-                norm run on these only.
+            positions: `decoder_positions` of an order that begins with the k known places,
+                (B, buffer + N, W).
+            places: (B, n) int64, the next n <= N - k places of that order, wanted now. The last
+                block and the norm run on these only.
         """
-        position = self.decoder_pos_embed_learned[0]
-        buffer = position[: self.buffer].expand(len(known), -1, -1)
-        position = torch.cat((buffer, position[self.buffer :][known]), dim=1)
-        x = torch.cat((self.decoder_embed(encoded) + position, masked), dim=1)
-        wanted = slice(encoded.shape[1], encoded.shape[1] + places.shape[1])
+        seen, wanted = encoded.shape[1], places.shape[1]
+        masked = self.mask_token.expand(len(encoded), positions.shape[1] - seen, -1)
+        x = torch.cat((self.decoder_embed(encoded), masked), dim=1) + positions
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, queries=wanted)
+        x = self.decoder_blocks[-1](x, queries=slice(seen, seen + wanted))
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][places]
 
     def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
         """Mean diffusion loss over the masked tokens. z (B, N p^2, C) fp32 normalised."""
-        tokens = patchify(z, self.grid, self.patch_size, "crq")  # (B, N, c)
-        if self.training:
-            condition = drop_labels(condition, self.label_drop, noise)
+        tokens, condition = self.training_inputs(z, condition, noise)  # (B, N, c)
         order = noise.uniform("order", (self.tokens,)).argsort(dim=1)  # (B, N)
         count = math.ceil(self.tokens * mask_ratio(float(noise.shared_uniform("mask_ratio"))))
         masked, known = order[:, :count], order[:, count:]
-
-        def at(places: Tensor) -> Tensor:
-            return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
-
-        x = torch.cat((self.embed_buffer(condition), self.embed_tokens(at(known), known)), dim=1)
-        decoded = self.decode(self.encode(x), known, self.embed_masked(masked), masked)
-        return self.diffloss.loss(at(masked), decoded, noise, self.head_draws)
+        inputs = self.embed_buffer(condition), self.embed_tokens(pick(tokens, known), known)
+        positions = self.decoder_positions(torch.cat((known, masked), dim=1))
+        decoded = self.decode(self.encode(torch.cat(inputs, dim=1)), positions, masked)
+        return self.diffloss.loss(pick(tokens, masked), decoded, noise, self.head_draws)
 
     forward = loss
 
@@ -188,36 +153,30 @@ class MAR(nn.Module):
         """Labels (B,) int64, -1 for null -> latents (B, N p^2, C) fp32, normalised."""
         batch, width, device = len(condition), self.mask_token.shape[-1], condition.device
         counts = reveal_counts(self.tokens, sampling.iterations or min(64, self.tokens))
-        scales, known = [], 0
-        for count in counts:
-            # The share of tokens known after this iteration; in the last one, one counts as open.
-            known += count
-            scales.append(scale_at(sampling, min(known, self.tokens - 1) / self.tokens))
         head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         # Rows B..2B hold the null half; an iteration at scale 1 leaves them out. Places are kept
         # in the order in which they are revealed, an order's entries from its end.
         order = noise.uniform("order", (self.tokens,)).argsort(dim=1).flip(1)  # (B, N)
-        order = order.repeat(2, 1)
+        places = order.repeat(2, 1)
+        positions = self.decoder_positions(places)
         both = torch.cat((condition, torch.full_like(condition, -1)))
-        x = self.mask_token.new_empty(2 * batch, self.buffer + self.tokens, width)
+        x = positions.new_empty(2 * batch, self.buffer + self.tokens, width)
         x[:, : self.buffer] = self.embed_buffer(both)
-        masked = self.embed_masked(order)  # (2B, N, W)
-        tokens = torch.empty(batch, self.tokens, self.diffloss.channels, device=device)
+        tokens = torch.empty(batch, self.tokens, self.token_channels, device=device)
         known = 0
-        for k, (count, scale) in enumerate(zip(counts, scales, strict=True)):
-            rows = batch if scale == 1.0 else 2 * batch
+        for k, count in enumerate(counts):
             now = slice(known, known + count)
-            decoded = self.decode(
-                self.encode(x[:rows, : self.buffer + known]),
-                order[:rows, :known],
-                masked[:rows, known:],
-                order[:rows, now],
-            )
-            draws = noise.normal_steps(f"head/{k}", head.chain.steps + 1, (count, tokens.shape[-1]))
+            # Progress is the share known after this iteration; in the last, one counts as open.
+            progress = min(now.stop, self.tokens - 1) / self.tokens
+            scale = scale_at(sampling, progress)
+            rows = batch if scale == 1.0 else 2 * batch
+            encoded = self.encode(x[:rows, : self.buffer + known])
+            decoded = self.decode(encoded, positions[:rows], places[:rows, now])
+            shape = count, self.token_channels
+            draws = noise.normal_steps(f"head/{k}", head.chain.steps + 1, shape)
             new = head(decoded.flatten(0, 1), draws.flatten(1, 2), scale)
-            tokens[:, now] = new.view(batch, count, -1)
-            inputs = self.embed_tokens(tokens[:, now], order[:batch, now])
-            x[:, self.buffer + known : self.buffer + known + count] = inputs.repeat(2, 1, 1)
-            known += count
-        raster = order[:batch].argsort(dim=1)[..., None].expand(-1, -1, tokens.shape[-1])
-        return unpatchify(tokens.gather(1, raster), self.grid, self.patch_size, "crq")
+            tokens[:, now] = new.view(batch, *shape)
+            inputs = self.embed_tokens(tokens[:, now], order[:, now])
+            x[:, self.buffer + known : self.buffer + now.stop] = inputs.repeat(2, 1, 1)
+            known = now.stop
+        return self.assembled(tokens, order)

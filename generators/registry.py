@@ -104,6 +104,21 @@ def default_sampling(name: str) -> Sampling:
     return _family(name)[0].sampling
 
 
+def _options(build: Callable[..., nn.Module]) -> list[str]:
+    """Names of the constructor arguments that may be overridden, the base classes' included."""
+    given = {"self", "grid", "channels", "num_classes"}
+    kind: Any = build
+    if isinstance(build, partial):
+        given |= set(build.keywords)
+        kind = build.func
+    names = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                names.add(name)
+    return sorted(names - given)
+
+
 def build_generator(
     name: str, *, grid: Sequence[int], channels: int, num_classes: int, **overrides: Any
 ) -> nn.Module:
@@ -119,9 +134,7 @@ def build_generator(
         ConfigError: unknown name or override, or values that do not fit together.
     """
     family, (width, depth, heads) = _family(name)
-    fixed = {"grid", "channels", "num_classes"}
-    bound = set(family.build.keywords) if isinstance(family.build, partial) else set()
-    known = sorted(set(inspect.signature(family.build).parameters) - fixed - bound)
+    known = _options(family.build)
     for key in overrides:
         if key not in known:
             raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")

@@ -74,7 +74,8 @@ def test_one_step_shows_temperature_noise_and_variance(head, golden, golden_draw
     x, draw = golden["x_t"], golden_draw(0, (6, 4))
     y = sampler.time[i] + head.net.cond_embed(torch.cat(conditions))
     parts = torch.nn.functional.silu(y) @ sampler.weight.T + sampler.bias
-    ours = sampler.step(i, x, parts.unflatten(-1, (-1, 32)), draw, scale).double()
+    guided = torch.tensor(scale)
+    ours = sampler.step(i, x, parts.unflatten(-1, (-1, 32)), draw, guided).double()
 
     exact = DiffusionHead(4, 64, width=32, depth=2).double().requires_grad_(False)
     exact.load_state_dict(head.state_dict())

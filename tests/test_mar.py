@@ -48,7 +48,8 @@ def test_networks(model, golden):
     inputs = model.embed_buffer(golden["labels"]), model.embed_tokens(tokens, known)
     encoded = model.encode(torch.cat(inputs, dim=1))
     torch.testing.assert_close(encoded, golden["encoder_output"], rtol=0, atol=1e-5)
-    decoded = model.decode(encoded, known, model.embed_masked(masked), masked)
+    positions = model.decoder_positions(torch.cat((known, masked), dim=1))
+    decoded = model.decode(encoded, positions, masked)
     expected = golden["decoder_output"].gather(1, masked[..., None].expand(-1, -1, 64))
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-5)
 
