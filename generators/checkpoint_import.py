@@ -48,20 +48,27 @@ def read_released(path: Path) -> Released:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    content = _unpickled(path)
+    content = unpickled(path)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     args = content.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if "model" not in content and "model_ema" not in content:
-        return Released(path, _weights(path, "the file itself", content))
+        return Released(path, state_dict_of(path, "the file itself", content))
     ema = content.get("model_ema")
-    ema = None if ema is None else _weights(path, "model_ema", ema)
-    model = _weights(path, "model", content["model"]) if "model" in content else dict(ema or {})
+    ema = None if ema is None else state_dict_of(path, "model_ema", ema)
+    model = (
+        state_dict_of(path, "model", content["model"]) if "model" in content else dict(ema or {})
+    )
     return Released(path, model, ema, dict(args) if isinstance(args, Mapping) else {})
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
+    """Tensors, plain containers and ``argparse.Namespace`` of a PyTorch file; no code in it runs.
+
+    Raises:
+        CheckpointError: it cannot be read, is cut short, or holds other objects.
+    """
     damaged = f"{path} is cut short or no PyTorch checkpoint; download it again"
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -83,8 +90,12 @@ def _unpickled(path: Path) -> Any:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _weights(path: Path, name: str, value: Any) -> dict[str, Tensor]:
-    """A state dict, checked to be one."""
+def state_dict_of(path: Path, name: str, value: Any) -> dict[str, Tensor]:
+    """A state dict, ``name`` in ``path``, checked to be one.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(f"{path}: {name} is no state dict but a {type(value).__name__}")
     others = [key for key, entry in value.items() if not isinstance(entry, Tensor)]

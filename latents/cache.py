@@ -62,6 +62,11 @@ class LatentCache:
         """Whether the posterior's standard deviation is stored."""
         return "std" in self.fields
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the encoder has no posterior: the means are all there is to a latent."""
+        return self.tokenizer.get("posterior") is False
+
     @cached_property
     def reader(self) -> RowReader:
         """The reader of this process; files are mapped at its first use."""

@@ -68,7 +68,8 @@ class LatentLoader:
         position: samples of the stream that are consumed already.
         device: where batches are made.
         views: which stored views to draw from; all by default.
-        sample_posterior: draw from the posterior; otherwise take its mean.
+        sample_posterior: draw from the posterior, where the encoder has one; otherwise take
+            its mean.
         subset: row numbers to train on (for some classes, a limit, held-out rows); all by default.
         prefetch: batches read ahead, at least.
         mode: "resident" reads all files once, then shuffles all rows: right when they fit into
@@ -110,13 +111,13 @@ class LatentLoader:
         self.world = world
         self.device = torch.device(device)
         self.views = tuple(cache.views if views is None else views)
-        self.sample_posterior = sample_posterior
+        self.sample_posterior = sample_posterior and not cache.is_exact
         self.prefetch = max(1, prefetch)
         self._subset = _checked_subset(cache, subset)
         self._position = position
         self._mode = mode
-        self._fields = ("mean", "std") if sample_posterior else ("mean",)
-        if sample_posterior and not cache.has_posterior:
+        self._fields = ("mean", "std") if self.sample_posterior else ("mean",)
+        if self.sample_posterior and not cache.has_posterior:
             raise ConfigError(
                 f"the cache {cache.path} stores no posterior std: train with sample_posterior off"
             )

@@ -1,4 +1,4 @@
-"""The encoder's output: a diagonal Gaussian for every token."""
+"""The encoder's output: a diagonal Gaussian for every token, or a point."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ class Posterior:
 
     The log variance is clamped to [-30, 20], as latent diffusion's autoencoders do.
 
+    Args:
+        moments: mean and log variance.
+        exact: ``moments`` are the latents themselves (..., C), of a tokenizer without a
+            posterior: the std is 0.
+
     Attributes:
         mean: (..., C).
-        logvar: (..., C), clamped.
+        logvar: (..., C), clamped; minus infinity where exact.
     """
 
-    def __init__(self, moments: Tensor) -> None:
+    def __init__(self, moments: Tensor, *, exact: bool = False) -> None:
+        if exact:
+            self.mean, self.logvar = moments, torch.full_like(moments, -torch.inf)
+            return
         self.mean, logvar = moments.chunk(2, dim=-1)
         self.logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
 

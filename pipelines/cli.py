@@ -34,6 +34,7 @@ COMMANDS = {
     "report": ("commands_demo", "Write one self-contained HTML page about a run."),
     "import-checkpoint": ("commands_released", "Make a run directory from a released .pth."),
     "export-checkpoint": ("commands_released", "Write a run's weights in the released form."),
+    "tokenizers": ("commands_released", "List the published tokenizers and their weights."),
     "presets": ("commands_released", "List the presets, or show one."),
 }
 """Command -> (module, one-line help), in the order in which a user needs them."""

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
+from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -13,6 +15,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 PATH = click.Path(path_type=Path)
 """A file or folder; whether it exists is checked where the error can say what to do."""
+
+_WEIGHTS = "detok_pipe.weights"
 
 
 def seed_option(function: Command) -> Command:
@@ -69,7 +73,39 @@ def out_option(help: str, *, required: bool = True) -> Callable[[Command], Comma
 
 
 def tokenizer_option(required: bool = True) -> Callable[[Command], Command]:
-    """``--tokenizer RUN``: a tokenizer's run directory."""
-    return click.option(
-        "--tokenizer", type=FOLDER, required=required, help="Run directory of a tokenizer."
+    """``--tokenizer NAME|RUN`` and ``--weights``, as one `TokenizerChoice`, or None."""
+    named = click.option(
+        "--tokenizer",
+        metavar="NAME|RUN",
+        required=required,
+        callback=_choose,
+        help=f"Run directory of a tokenizer, or {', '.join(PUBLISHED_TOKENIZERS)}.",
     )
+    return lambda function: named(_weights_option(function))
+
+
+def tokenizer_argument(function: Command) -> Command:
+    """``TOKENIZER``, a name or a run directory, and ``--weights``, as one `TokenizerChoice`."""
+    return click.argument("tokenizer", callback=_choose)(_weights_option(function))
+
+
+def _weights_option(function: Command) -> Command:
+    # Eager, so that it is there when the tokenizer is read.
+    return click.option(
+        "--weights",
+        type=PATH,
+        is_eager=True,
+        expose_value=False,
+        callback=_keep_weights,
+        metavar="FILE|DIR",
+        help="Of a published tokenizer. Default: the hub's cache, or a download.",
+    )(function)
+
+
+def _keep_weights(context: click.Context, _: click.Parameter, value: Path | None) -> None:
+    context.meta[_WEIGHTS] = value
+
+
+def _choose(context: click.Context, _: click.Parameter, name: str | None) -> TokenizerChoice | None:
+    choice = TokenizerChoice(name, context.meta.get(_WEIGHTS))
+    return choice if any(choice) else None

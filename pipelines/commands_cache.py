@@ -18,6 +18,7 @@ from detok_pipe.pipelines.cli_options import (
     seed_option,
     tokenizer_option,
 )
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 DONE_WITH_QUARANTINE = 3
 """Exit code: everything is done, but some inputs were unreadable and are listed."""
@@ -114,7 +115,7 @@ def _max_pixels_option(function: Command) -> Command:
 @click.pass_context
 def encode(
     context: click.Context,
-    tokenizer: Path,
+    tokenizer: TokenizerChoice,
     data: Path,
     data_root: Path | None,
     out: Path,
@@ -135,6 +136,7 @@ def encode(
     \b
     Example:
       detok-pipe encode --tokenizer runs/tok --data imagenet/train --out cache --shards 313
+      detok-pipe encode --tokenizer sd-vae --data imagenet/train --out cache-sd
     Eight GPUs, and a Slurm array (no process waits for another; any may be restarted):
       torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli encode ...
       detok-pipe encode ... --rank $SLURM_ARRAY_TASK_ID --world $SLURM_ARRAY_TASK_COUNT
@@ -144,11 +146,11 @@ def encode(
     from detok_pipe.pipelines.encode import make_plan, planned_threads
     from detok_pipe.pipelines.images import open_images
     from detok_pipe.pipelines.progress import say
-    from detok_pipe.pipelines.trained import load_tokenizer
+    from detok_pipe.pipelines.tokenizers import open_tokenizer
 
     target = resolve_device(device)
     source = open_images(data, root=data_root, max_pixels=max_pixels)
-    trained = load_tokenizer(tokenizer, device=target)
+    trained = open_tokenizer(tokenizer, device=target)
     threads = threads or planned_threads(out)
     plan = make_plan(trained, source, device=target, threads=threads, **form)
     say(f"{plan.count:,} images, {plan.shards} shards of {plan.rows_per_shard}", quiet=quiet)
@@ -226,7 +228,7 @@ def verify(
     cache: Path,
     hashes: bool,
     repair: bool,
-    tokenizer: Path | None,
+    tokenizer: TokenizerChoice | None,
     data: Path | None,
     data_root: Path | None,
     max_pixels: int,
@@ -248,11 +250,11 @@ def verify(
         from detok_pipe.pipelines.devices import resolve_device
         from detok_pipe.pipelines.images import open_images
         from detok_pipe.pipelines.repair_cache import repair_cache
-        from detok_pipe.pipelines.trained import load_tokenizer
+        from detok_pipe.pipelines.tokenizers import open_tokenizer
 
         target = resolve_device(device)
         source = open_images(data, root=data_root, max_pixels=max_pixels)
-        trained = load_tokenizer(tokenizer, device=target)
+        trained = open_tokenizer(tokenizer, device=target)
         problems = repair_cache(cache, trained, source, device=target, quiet=quiet)
     else:
         problems = check(cache, hashes=hashes)

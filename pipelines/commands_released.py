@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from detok_pipe.pipelines.cli_options import FOLDER, PATH, out_option, set_option, tokenizer_option
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 
 @click.command("import-checkpoint")
@@ -24,7 +25,7 @@ def import_checkpoint(
     name: str,
     out: Path,
     stats: Path | None,
-    tokenizer: Path | None,
+    tokenizer: TokenizerChoice | None,
     grid: str | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -99,3 +100,24 @@ def presets(name: str | None) -> None:
         click.echo(inspect.getdoc(recipe))
     config = recipe() if recipe is not None else generator_preset(name)
     click.echo(json.dumps(to_json(config), indent=2))
+
+
+@click.command("tokenizers")
+def tokenizers() -> None:
+    """List the published tokenizers: latents at 256 pixels, parameters, weights.
+
+    \b
+    Example:
+      detok-pipe tokenizers
+      detok-pipe encode --tokenizer va-vae --data imagenet/train --out cache
+    """
+    from detok_pipe.pipelines.hub_weights import cached, where_to_get
+    from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS
+
+    for name, published in PUBLISHED_TOKENIZERS.items():
+        latents = " x ".join(map(str, published.latents))
+        millions = f"{published.parameters / 1e6:.1f} M parameters"
+        click.echo(f"{name}: {published.title}; {latents}, {millions}")
+        missing = f"not here; downloaded at their first use, or {where_to_get(published)}"
+        click.echo(f"  weights: {cached(published) or missing}")
+    click.echo("l-DeTok tokenizers go by their run directories: train-tok, import-checkpoint")

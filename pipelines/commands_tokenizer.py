@@ -6,12 +6,39 @@ from typing import Any
 
 import click
 
-from detok_pipe.pipelines.cli_options import FOLDER, PATH, device_option, out_option, quiet_option
+from detok_pipe.pipelines.cli_options import (
+    FOLDER,
+    PATH,
+    device_option,
+    out_option,
+    quiet_option,
+    tokenizer_argument,
+)
+from detok_pipe.pipelines.cli_score_options import together
 from detok_pipe.pipelines.cli_train_options import (
     execution,
     execution_options,
     print_plan,
     resolved,
+)
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
+
+
+measure_options = together(
+    click.option(
+        "--features",
+        type=click.Choice(["inception", "efficientnet-lite2", "none"]),
+        default="inception",
+        show_default=True,
+        help="Network of the distance: inception gives rFID, efficientnet-lite2 rFD-EffLite2.",
+    ),
+    click.option("--resolution", type=click.IntRange(32), help="Of efficientnet-lite2's input."),
+    click.option("--lpips/--no-lpips", default=False, help="Also LPIPS (needs VGG16's weights)."),
+    click.option(
+        "--weights-dir",
+        type=FOLDER,
+        help="Where published weights lie (VGG16, ConvNeXt, Inception); else torch hub's folder.",
+    ),
 )
 
 
@@ -19,49 +46,106 @@ from detok_pipe.pipelines.cli_train_options import (
 @click.argument("preset")
 @click.option("--data", type=PATH, required=True, help="Class folders, a list file, or tars.")
 @out_option("Run directory; the same command again goes on where it stopped.")
-@click.option("--weights-dir", type=FOLDER, help="Where published weights lie (VGG16, ConvNeXt).")
+@click.option(
+    "--finetune-decoder",
+    "finetune",
+    type=FOLDER,
+    metavar="RUN",
+    help="Tokenizer run whose decoder alone is trained, by a preset for that; RUN is only read.",
+)
+@click.option(
+    "--val-data", type=PATH, help="Images to score and picture the tokenizer on while it trains."
+)
+@click.option("--val-limit", type=click.IntRange(2), help="Score only so many of them.")
+@click.option(
+    "--eval-every",
+    type=click.IntRange(1),
+    default=5000,
+    show_default=True,
+    help="Steps between pictures, and between scores where there is --val-data.",
+)
+@measure_options
 @execution_options
-def train_tok(preset: str, data: Path, out: Path, weights_dir: Path | None, **values: Any) -> None:
+def train_tok(
+    preset: str,
+    data: Path,
+    out: Path,
+    finetune: Path | None,
+    val_data: Path | None,
+    val_limit: int | None,
+    eval_every: int,
+    features: str,
+    resolution: int | None,
+    lpips: bool,
+    weights_dir: Path | None,
+    **values: Any,
+) -> None:
     """Train the l-DeTok tokenizer of PRESET on images.
 
     \b
     Example:
-      detok-pipe train-tok detok-bb --data imagenet/train --out runs/tok
+      detok-pipe train-tok detok-bb --data imagenet/train --val-data imagenet/val --out runs/tok
       detok-pipe train-tok detok-sb --data photos --out runs/small --set "duration=20 epochs"
+      detok-pipe train-tok detok-decoder --finetune-decoder runs/tok --data imagenet/train \\
+        --out runs/tok-tuned
     """
     from detok_pipe.pipelines.images import open_images
+    from detok_pipe.pipelines.tokenizer_inspection import Validation
     from detok_pipe.pipelines.tokenizer_presets import tokenizer_preset
-    from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer
+    from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer, with_network_of
 
-    config = resolved(tokenizer_preset, preset, values)
+    config = with_network_of(resolved(tokenizer_preset, preset, values), finetune)
     if values["dry_run"]:
         print_plan(config, describe(config, open_images(data)))
-    else:
-        train_tokenizer(config, data, out, execution(values), weights_dir=weights_dir)
+        return
+    validation = Validation(
+        every=eval_every,
+        data=val_data,
+        limit=val_limit,
+        features=features,
+        resolution=resolution,
+        lpips=lpips,
+        weights_dir=weights_dir,
+    )
+    train_tokenizer(
+        config,
+        data,
+        out,
+        execution(values),
+        finetune=finetune,
+        validation=validation,
+        weights_dir=weights_dir,
+    )
 
 
 @click.command("eval-tok")
-@click.argument("run", type=FOLDER)
+@tokenizer_argument
 @click.option("--data", type=PATH, required=True, help="Images to rebuild, best held-out ones.")
 @click.option("--limit", type=click.IntRange(2), help="Only so many images, evenly spread.")
-@click.option(
-    "--features",
-    type=click.Choice(["inception", "efficientnet-lite2", "none"]),
-    default="inception",
-    show_default=True,
-    help="Network of the distance: inception gives rFID, efficientnet-lite2 rFD-EffLite2.",
-)
-@click.option("--resolution", type=click.IntRange(32), help="Of efficientnet-lite2's input.")
-@click.option("--lpips/--no-lpips", default=False, help="Also LPIPS (needs VGG16's weights).")
-@click.option("--weights-dir", type=FOLDER, help="Where published weights lie.")
+@measure_options
 @click.option("--picture", type=PATH, help="Write originals above reconstructions to this PNG.")
+@click.option(
+    "--corruption",
+    type=PATH,
+    metavar="PNG",
+    help="Also rebuild from noisy and partly hidden latents: PSNR in the JSON, and this picture.",
+)
+@click.option(
+    "--noise-levels",
+    default="0,0.5,1,2",
+    show_default=True,
+    help="Of --corruption, in units of the tokenizer's latent std.",
+)
+@click.option(
+    "--hidden", default="0,0.3,0.5,0.7", show_default=True, help="Of --corruption: shares of tokens."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @device_option
 @quiet_option
 @click.pass_context
 def eval_tok(
     context: click.Context,
-    run: Path,
+    tokenizer: TokenizerChoice,
     data: Path,
     limit: int | None,
     features: str,
@@ -73,15 +157,17 @@ def eval_tok(
     device: str | None,
     quiet: bool,
 ) -> None:
-    """Measure how well the tokenizer of RUN rebuilds images, as JSON, and picture it.
+    """Measure how well TOKENIZER, a run or a published one, rebuilds images, as JSON.
 
     \b
     Example:
       detok-pipe eval-tok runs/tok --data imagenet/val
       detok-pipe eval-tok runs/tok --data photos --features none --picture rebuilt.png
+      detok-pipe eval-tok sd-vae --data imagenet/val
     """
     from detok_pipe.evaluation.features import load_extractor
     from detok_pipe.pipelines import pictures
+    from detok_pipe.pipelines.accelerators import make_accelerator
     from detok_pipe.pipelines.config import Execution
     from detok_pipe.pipelines.images import open_images
     from detok_pipe.pipelines.perceptual import lpips_term
@@ -91,17 +177,16 @@ def eval_tok(
         load_squares,
         reconstruction_picture,
     )
-    from detok_pipe.pipelines.trained import load_tokenizer
-    from detok_pipe.pipelines.training import make_accelerator
+    from detok_pipe.pipelines.tokenizers import open_tokenizer
 
     accelerator = make_accelerator("fp32", Execution(device=device, trackers=()))
     target = accelerator.device
-    tokenizer = load_tokenizer(run, device=target)
+    measured = open_tokenizer(tokenizer, device=target)
     source = open_images(data)
     scores = evaluate_tokenizer(
-        tokenizer.model,
+        measured.model,
         source,
-        image_size=tokenizer.image_size,
+        image_size=measured.image_size,
         extractor=None
         if features == "none"
         else load_extractor(
@@ -117,8 +202,8 @@ def eval_tok(
     if accelerator.is_main_process:
         if picture is not None:
             some = evenly_spaced(len(source), 16)
-            pixels, _ = load_squares(source, some, tokenizer.image_size)
-            drawn = reconstruction_picture(tokenizer.model, pixels, device=target)
+            pixels, _ = load_squares(source, some, measured.image_size)
+            drawn = reconstruction_picture(measured.model, pixels, device=target)
             pictures.save(picture, drawn)
         click.echo(json.dumps(scores, indent=2))
     if scores["unreadable"]:

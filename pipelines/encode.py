@@ -38,9 +38,10 @@ class Encoder(Protocol):
     """A tokenizer ready to encode, such as ``trained.TrainedTokenizer``.
 
     Attributes:
-        model: has ``grid``, ``channels`` and ``encode_moments``, as ``LDeTok`` has.
+        model: the encoding half of a ``tokenizer.contract.Tokenizer``.
         image_size: side in pixels of the images that it takes.
         identity: what identifies the encoder, with at least a "fingerprint".
+        stats: the normalisation published with it, or None.
     """
 
     @property
@@ -51,6 +52,9 @@ class Encoder(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def stats(self) -> LatentStats | None: ...
 
 
 @dataclass(frozen=True)
@@ -88,21 +92,31 @@ def make_plan(
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    stats: LatentStats | None = None,
+    stats: LatentStats | Literal["published", "dataset"] | None = None,
 ) -> CachePlan:
     """The plan of the cache of ``source``.
 
     Args:
         shards: about how many; by default so that a shard has 4096 images.
-        mirror: also encode each image's mirror image. std: also store the posterior's std.
+        mirror: also encode each image's mirror image.
+        std: also store the posterior's std, where the tokenizer has a posterior.
         rows_per_record: rows of a tar record or Zarr chunk.
         seed: of the order in which rows are written.
         threads: compute threads of a process on a CPU; by default as many as torch uses now.
-        stats: normalise with these instead of the statistics of the whole set.
+        stats: normalise with these, with those published with the tokenizer, or with those of
+            the whole set ("dataset"). None: the published ones where there are any, else the
+            set's.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of its range, or nothing is published with the tokenizer.
     """
+    if stats == "published" and tokenizer.stats is None:
+        raise ConfigError(
+            f"no normalisation is published with {tokenizer.identity.get('name', 'the tokenizer')};"
+            " use the set's own statistics (dataset) or a file of them"
+        )
+    if stats is None or stats == "published":
+        stats = tokenizer.stats
     count = len(source)
     kind = torch.device(device).type
     settings: dict[str, Any] = {"device": kind, "max_pixels": source.max_pixels}
@@ -118,14 +132,14 @@ def make_plan(
         sources=source.identity,
         class_names=tuple(source.class_names),
         views=VIEWS if mirror else VIEWS[:1],
-        fields=("mean", "std") if std else ("mean",),
+        fields=("mean", "std") if std and tokenizer.model.has_posterior else ("mean",),
         format=format,
         rows_per_record=rows_per_record,
         seed=seed,
         batch_size=batch_size,
         dtype=precision,
         settings=settings,
-        stats=stats,
+        stats=None if stats == "dataset" else stats,
     )
 
 
@@ -252,7 +266,7 @@ def moments_on_device(model: Any, images: Tensor, plan: CachePlan) -> dict[str, 
         seen = images.flip(-1) if view == "mirror" else images
         with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.dtype == "bf16"):
             moments = model.encode_moments(seen)
-        posterior = Posterior(moments.float())
+        posterior = Posterior(moments.float(), exact=not model.has_posterior)
         results[view] = torch.stack([posterior.mean, posterior.std])
     return results
 

@@ -23,12 +23,13 @@ from detok_pipe.pipelines.config import (
     unknown_name,
     with_overrides,
 )
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.run_directory import latest_checkpoint, open_run, read_config
 from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS
+from detok_pipe.pipelines.tokenizers import open_tokenizer
 from detok_pipe.pipelines.trained import (
     build_tokenizer,
     fingerprint,
-    load_tokenizer,
     network_of,
 )
 
@@ -40,7 +41,7 @@ def import_checkpoint(
     *,
     overrides: tuple[str, ...] = (),
     stats: Path | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: TokenizerChoice | Path | None = None,
     grid: tuple[int, ...] | None = None,
 ) -> None:
     """Write the run directory ``out`` from a released ``.pth``; no code in the file runs.
@@ -49,7 +50,7 @@ def import_checkpoint(
         name: a tokenizer preset (detok-bb) or a generator (mar-l): what the file is of.
         overrides: ``key=value`` changes to the named one.
         stats: for a generator, the statistics of its latents (``stats.pkl``).
-        tokenizer: for a generator, the tokenizer's run directory.
+        tokenizer: for a generator, its tokenizer.
         grid: of the generator's latents; None: a square one.
 
     Raises:
@@ -87,15 +88,15 @@ def _import_generator(
     out: Path,
     overrides: tuple[str, ...],
     stats: Path,
-    tokenizer: Path,
+    tokenizer: TokenizerChoice | Path,
     grid: tuple[int, ...] | None,
 ) -> None:
     config = with_overrides(GeneratorConfig(generator=name), overrides)
     found = import_generator(name, read_released(file), grid=grid, **config.model)
-    decoder = load_tokenizer(tokenizer)
+    decoder = open_tokenizer(tokenizer)
     if (tuple(decoder.model.grid), decoder.model.channels) != (found.grid, found.channels):
         raise MismatchError(
-            f"{file} makes latents {found.grid} x {found.channels}, the tokenizer {tokenizer} "
+            f"{file} makes latents {found.grid} x {found.channels}, the tokenizer {decoder.path} "
             f"decodes {tuple(decoder.model.grid)} x {decoder.model.channels}"
         )
     mean, std = read_channel_stats(stats, found.channels)

@@ -1,4 +1,4 @@
-"""Trained networks, loaded from run directories with what identifies them."""
+"""Trained networks with what identifies them, and loading those of run directories."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from detok_pipe.latents.errors import CheckpointError, MismatchError
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, from_json
 from detok_pipe.pipelines.run_directory import Checkpoint, latest_checkpoint, read_config
-from detok_pipe.tokenizer.model import LDeTok, encoder_keys
+from detok_pipe.tokenizer.contract import Tokenizer, encoder_keys
+from detok_pipe.tokenizer.model import LDeTok
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -36,14 +37,17 @@ class TrainedTokenizer:
         model: the network. image_size: side in pixels of the images that it takes.
         identity: what identifies the encoder (a cache stays valid while this is the same).
         decoder: fingerprint of the decoder's weights.
+        path: its run directory, or the file of its weights. step: of its training; 0: unknown.
+        stats: the normalisation published with it, or None.
     """
 
-    model: LDeTok
+    model: Tokenizer
     image_size: int
     identity: dict[str, Any]
     decoder: str
     path: Path
     step: int
+    stats: LatentStats | None = None
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,34 @@ def load_tokenizer(
     tensors = checkpoint.tensors("ema" if ema else "model")
     model = build_tokenizer(config)
     _load(model, tensors, checkpoint)
-    encoder = encoder_keys(tensors)
-    identity: dict[str, Any] = {
-        "name": "l-detok",
-        "weights": fingerprint({key: tensors[key] for key in encoder}),
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "channels": config.channels,
-        "size": config.encoder,
-    }
-    # The weights alone do not tell: heads, for one, leave no trace in their shapes.
-    described = json.dumps(identity, sort_keys=True).encode()
-    identity["fingerprint"] = hashlib.sha256(described).hexdigest()
-    decoder = fingerprint({key: tensors[key] for key in tensors.keys() - encoder})
+    identity, decoder = identified(
+        tensors,
+        name="l-detok",
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        size=config.encoder,
+    )
     model = model.to(device).eval().requires_grad_(False)
     return TrainedTokenizer(model, config.image_size, identity, decoder, run, checkpoint.step)
+
+
+def identified(
+    tensors: Mapping[str, Tensor], *, name: str, **facts: Any
+) -> tuple[dict[str, Any], str]:
+    """The identity of a tokenizer's encoder, and the fingerprint of its decoder's weights.
+
+    Args:
+        tensors: the tokenizer's whole state dict.
+        name: of the kind of tokenizer. facts: what the weights alone do not tell (heads, for
+            one, leave no trace in their shapes) and what readers want to know.
+    """
+    encoder = encoder_keys(tensors)
+    weights = fingerprint({key: tensors[key] for key in encoder})
+    identity = {"name": name, "weights": weights, **facts}
+    described = json.dumps(identity, sort_keys=True).encode()
+    identity["fingerprint"] = hashlib.sha256(described).hexdigest()
+    return identity, fingerprint({key: tensors[key] for key in tensors.keys() - encoder})
 
 
 def load_generator(
@@ -184,7 +201,8 @@ def check_tokenizer_fits(tokenizer: TrainedTokenizer, wanted: dict[str, Any], wh
     Raises:
         MismatchError: naming the first field that differs, with both values.
     """
-    for key, value in wanted.items():
+    for key in sorted(wanted, key=lambda key: key in ("weights", "fingerprint")):  # words first
+        value = wanted[key]
         if tokenizer.identity.get(key) != value:
             raise MismatchError(
                 f"the tokenizer {tokenizer.path} does not belong to {what}: its {key} is "

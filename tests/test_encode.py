@@ -26,6 +26,7 @@ class PatchMeans:
 
     grid = (2, 2)
     channels = 3
+    has_posterior = True
 
     def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
         patches = torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
@@ -48,6 +49,7 @@ class Stub:
     model: Any = field(default_factory=PatchMeans)
     image_size: int = SIZE
     identity: dict[str, Any] = field(default_factory=lambda: {"fingerprint": "stub"})
+    stats: LatentStats | None = None
 
 
 def make_images(root: Path, count: int = COUNT, bad: dict[int, bytes] | None = None) -> Path:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.noise import Noise, ReplayNoise
 from detok_pipe.latents.posterior import Posterior
+from detok_pipe.tokenizer.contract import encoder_keys
 from detok_pipe.tokenizer.corruption import gather_tokens
 from detok_pipe.tokenizer.layers import rope_table, rotate
-from detok_pipe.tokenizer.model import LDeTok, encoder_keys, parameter_groups
+from detok_pipe.tokenizer.model import LDeTok, parameter_groups
 from detok_pipe.tokenizer.sizes import SIZES, Size
 
 ROOT = Path(__file__).parents[1]

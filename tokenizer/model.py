@@ -4,15 +4,15 @@ Yang et al., "Latent Denoising Makes Good Visual Tokenizers" (arXiv 2507.15856).
 names and numbers agree with the released checkpoints.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from detok_pipe.latents.errors import ConfigError, MismatchError
+from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.posterior import Posterior
+from detok_pipe.tokenizer.contract import Tokenizer
 from detok_pipe.tokenizer.corruption import (
     add_noise,
     choose_visible,
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.ffn(self.ln_post(x)))
 
 
-class LDeTok(nn.Module):
+class LDeTok(Tokenizer):
     """The l-DeTok tokenizer.
 
     Args:
@@ -159,7 +159,7 @@ class LDeTok(nn.Module):
         Raises:
             MismatchError: images of another size.
         """
-        self._check("images", images, (3, *self.image_size))
+        self.check_shape("images", images, (3, *self.image_size))
         return self.encoder(images)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class LDeTok(nn.Module):
         Raises:
             MismatchError: latents of another shape.
         """
-        self._check("latents", z, (self.tokens, self.channels))
+        self.check_shape("latents", z, (self.tokens, self.channels))
         return self.decoder(z)
 
     def forward(
@@ -224,7 +224,7 @@ class LDeTok(nn.Module):
             hidden: share of the tokens to hide, in [0, 1).
             sample_posterior: decode a sample of the posterior rather than its mean.
         """
-        self._check("images", images, (3, *self.image_size))
+        self.check_shape("images", images, (3, *self.image_size))
         visible = visible_tokens(self.tokens, hidden)
         keep = restore = None
         if visible < self.tokens:
@@ -239,29 +239,12 @@ class LDeTok(nn.Module):
             z = add_noise(z, noise.normal("latent_noise", shape), tau, gamma, noise_kind)
         return TokenizerOutput(self.decoder(z, restore), posterior, visible)
 
-    @staticmethod
-    def _check(what: str, given: Tensor, shape: tuple[int, ...]) -> None:
-        # Too few latents would pass for hidden ones, and a turned image for another grid.
-        if given.shape[1:] != shape:
-            raise MismatchError(
-                f"{what} of shape {tuple(given.shape[1:])} do not fit this tokenizer, which "
-                f"takes {shape}"
-            )
-
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def encoder_keys(state_dict: Iterable[str]) -> set[str]:
-    """The keys that latents depend on; the others belong to the decoder.
-
-    Latent caches are known by the encoder alone: a tuned decoder leaves them valid.
-    """
-    return {key for key in state_dict if key.startswith("encoder.")}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
