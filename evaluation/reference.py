@@ -27,9 +27,31 @@ from detok_pipe.evaluation.frechet import (
     check_stats,
     feature_stats,
 )
-from detok_pipe.evaluation.weights import check_sha256, sha256_file
+from detok_pipe.evaluation.weights import (
+    PublishedFile,
+    check_sha256,
+    find_published,
+    sha256_file,
+)
 from detok_pipe.latents.atomic import atomic_file
 from detok_pipe.latents.errors import InputError, MismatchError
+
+PUBLISHED = {
+    "imagenet-256": PublishedFile(
+        name="VIRTUAL_imagenet256_labeled.npz",
+        url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
+        "256/VIRTUAL_imagenet256_labeled.npz",
+        sha256="b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
+        purpose="ADM's reference batch of ImageNet at 256 pixels (2 GB)",
+        instead="or compute a reference from the images: detok-pipe fid-stats",
+    ),
+}
+"""References that others publish, by the name that stands for a path.
+
+ADM's has the statistics of all training images, and 10,000 images. Its statistics of sFID stay
+unused: they are of an inner layer of a TensorFlow graph, and ADM's own evaluator is the only code
+that ours could be held against. It reads what ``export-images`` writes.
+"""
 
 _MADE_FROM = "detok"
 _UNREADABLE = (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError)
@@ -151,6 +173,27 @@ def _image_shape(path: Path) -> tuple[int, ...]:
     return shape
 
 
+def find_reference(
+    name: Path,
+    *,
+    sha256: str | None = None,
+    weights_dir: Path | None = None,
+    download: bool = True,
+) -> Reference:
+    """Read a statistics file that is named by its path or as one of :data:`PUBLISHED`.
+
+    Published ones are found, or downloaded and checked, as weights are (see `find_published`).
+
+    Raises:
+        WeightsError: a published one is nowhere, or a digest is wrong.
+        InputError, MismatchError, NonFiniteError: see `read_reference`.
+    """
+    published = None if name.exists() else PUBLISHED.get(str(name))
+    if published is not None:
+        name = find_published(published, weights_dir, download=download)
+    return read_reference(name, sha256=sha256)
+
+
 def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
     """Read a statistics file, or one of images.
 
@@ -165,7 +208,7 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
     if not path.is_file():
         raise InputError(
             f"the reference {path} does not exist; compute one from images with detok-pipe "
-            "fid-stats, or download ADM's statistics of ImageNet"
+            f"fid-stats, or name a published one: {', '.join(PUBLISHED)}"
         )
     if sha256 is not None:
         check_sha256(path, sha256)

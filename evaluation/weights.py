@@ -6,6 +6,7 @@ read from it.
 """
 
 import hashlib
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from detok_pipe.latents.atomic import atomic_file
 from detok_pipe.latents.errors import WeightsError
 
-_CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 30
 
 
@@ -118,9 +119,10 @@ def _downloaded(file: PublishedFile, target: Path) -> Path:
         urllib.request.urlopen(file.url, timeout=_TIMEOUT_SECONDS) as response,
         atomic_file(target) as temporary,
     ):
-        with temporary.open("wb") as out:
-            while chunk := response.read(_CHUNK):
-                out.write(chunk)
+        size = int(response.headers.get("Content-Length", 0))
+        shown = tqdm.wrapattr(response, "read", total=size or None, desc=file.name)
+        with shown as stream, temporary.open("wb") as out:
+            shutil.copyfileobj(stream, out)
         check_sha256(temporary, file.sha256)
     return target
 

@@ -1,6 +1,7 @@
 """Options that the commands of sampling and scoring share, and the processes that they run in."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,7 +9,11 @@ import click
 from detok_pipe.pipelines.cli_options import FOLDER, PATH, Command
 
 if TYPE_CHECKING:
+    from detok_pipe.evaluation.features import FeatureExtractor
+    from detok_pipe.evaluation.reference import Reference
+    from detok_pipe.latents.sample_store import SampleStore
     from detok_pipe.pipelines.processes import Processes
+    from detok_pipe.pipelines.trained import TrainedTokenizer
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -91,7 +96,10 @@ feature_options = together(
         help="efficientnet-lite2: side to which images are resized (260).",
     ),
     click.option(
-        "--weights-dir", type=FOLDER, help="Folder with the Inception weights; else torch hub's."
+        "--weights-dir",
+        type=FOLDER,
+        help="Where published files are looked for first (Inception weights, reference "
+        "statistics); then in torch hub's folder; else they are downloaded there.",
     ),
 )
 reference_options = together(
@@ -100,7 +108,8 @@ reference_options = together(
         "reference",
         type=PATH,
         required=True,
-        help="Reference statistics (.npz): ADM's, pytorch-fid's, clean-fid's or fid-stats'.",
+        help="Reference statistics: an .npz of ADM, pytorch-fid, clean-fid or fid-stats, or "
+        "imagenet-256 for ADM's published one.",
     ),
     click.option("--ref-sha256", help="SHA-256 that the reference must have, or its first digits."),
 )
@@ -108,8 +117,50 @@ reference_options = together(
 
 def open_processes(device: str | None) -> "Processes":
     """The processes that torchrun or accelerate started, or this one alone."""
+    from detok_pipe.pipelines.accelerators import make_accelerator
     from detok_pipe.pipelines.config import Execution
     from detok_pipe.pipelines.processes import Processes
-    from detok_pipe.pipelines.training import make_accelerator
 
     return Processes(make_accelerator("fp32", Execution(device=device, trackers=())))
+
+
+def open_extractor(
+    processes: "Processes",
+    *,
+    features: str,
+    resolution: int | None,
+    weights_dir: Path | None,
+    **_: Any,
+) -> "FeatureExtractor":
+    """The feature network that `feature_options` chose."""
+    from detok_pipe.evaluation.features import load_extractor
+
+    with processes.main_first():
+        return load_extractor(
+            features, resolution=resolution, weights_dir=weights_dir, device=processes.device
+        )
+
+
+def open_reference(
+    processes: "Processes",
+    *,
+    reference: Path,
+    ref_sha256: str | None,
+    weights_dir: Path | None,
+    **_: Any,
+) -> "Reference":
+    """The reference that `reference_options` chose."""
+    from detok_pipe.evaluation.reference import find_reference
+
+    with processes.main_first():
+        return find_reference(reference, sha256=ref_sha256, weights_dir=weights_dir)
+
+
+def decoder_of(
+    store: "SampleStore", tokenizer: Path | None, processes: "Processes"
+) -> "TrainedTokenizer":
+    """The tokenizer that was named, or one beside the generator's run, to decode samples."""
+    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+
+    run = Path(store.extra["generator_run"])
+    return find_tokenizer(store.identity["tokenizer"], run, tokenizer, device=processes.device)

@@ -14,8 +14,10 @@ from detok_pipe.pipelines.cli_options import (
 )
 from detok_pipe.pipelines.cli_score_options import (
     batch_size_option,
+    decoder_of,
     feature_options,
     num_option,
+    open_extractor,
     open_processes,
 )
 
@@ -41,18 +43,7 @@ from detok_pipe.pipelines.cli_score_options import (
 @feature_options
 @device_option
 @quiet_option
-def fid_stats(
-    images: Path,
-    out: Path,
-    size: int,
-    keep_features: int,
-    batch_size: int,
-    features: str,
-    resolution: int | None,
-    weights_dir: Path | None,
-    device: str | None,
-    quiet: bool,
-) -> None:
+def fid_stats(images: Path, out: Path, size: int, **values: Any) -> None:
     """Compute reference statistics of IMAGES: class folders, a list file, tars, or an .npz.
 
     The same command again goes on where it stopped. An .npz that has statistics of the same
@@ -63,37 +54,24 @@ def fid_stats(
       detok-pipe fid-stats imagenet/train --out in256.npz
       detok-pipe fid-stats VIRTUAL_imagenet256_labeled.npz --out with-features.npz
     """
-    from detok_pipe.evaluation.features import load_extractor
     from detok_pipe.evaluation.reference import read_reference
     from detok_pipe.pipelines import fid_stats as statistics
     from detok_pipe.pipelines.images import open_images
 
-    processes = open_processes(device)
-    extractor = load_extractor(
-        features, resolution=resolution, weights_dir=weights_dir, device=processes.device
-    )
+    processes = open_processes(values["device"])
+    extractor = open_extractor(processes, **values)
+    settings = {
+        "keep_features": values["keep_features"],
+        "batch_size": values["batch_size"],
+        "processes": processes,
+        "quiet": values["quiet"],
+    }
     if images.suffix == ".npz":
-        found = read_reference(images)
-        written = statistics.fid_stats_of_npz(
-            found,
-            extractor,
-            out,
-            keep_features=keep_features,
-            batch_size=batch_size,
-            processes=processes,
-            quiet=quiet,
-        )
+        batch = read_reference(images)
+        written = statistics.fid_stats_of_npz(batch, extractor, out, **settings)
     else:
-        written = statistics.fid_stats(
-            open_images(images),
-            extractor,
-            out,
-            size=size,
-            keep_features=keep_features,
-            batch_size=batch_size,
-            processes=processes,
-            quiet=quiet,
-        )
+        source = open_images(images)
+        written = statistics.fid_stats(source, extractor, out, size=size, **settings)
     if processes.is_main:
         images_read = written.made_from["source"]["images"]
         click.echo(f"{out}: {extractor.name} reference of {images_read:,} images")
@@ -132,16 +110,10 @@ def export_images(
     """
     from detok_pipe.latents.sample_store import open_sample_store
     from detok_pipe.pipelines.export_images import export_images as export
-    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 
     processes = open_processes(device)
     store = open_sample_store(samples)
-    decoder = find_tokenizer(
-        store.identity["tokenizer"],
-        Path(store.extra["generator_run"]),
-        tokenizer,
-        device=processes.device,
-    )
+    decoder = decoder_of(store, tokenizer, processes)
     count = processes.on_main(
         lambda: export(
             store,

@@ -15,10 +15,13 @@ from detok_pipe.pipelines.cli_options import (
 )
 from detok_pipe.pipelines.cli_score_options import (
     batch_size_option,
+    decoder_of,
     feature_options,
     generator_options,
     num_option,
+    open_extractor,
     open_processes,
+    open_reference,
     reference_options,
     sampling_options,
 )
@@ -100,57 +103,32 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
 @feature_options
 @device_option
 @quiet_option
-def score(
-    samples: Path,
-    reference: Path,
-    ref_sha256: str | None,
-    tokenizer: Path | None,
-    num: int | None,
-    batch_size: int,
-    features: str,
-    resolution: int | None,
-    weights_dir: Path | None,
-    device: str | None,
-    quiet: bool,
-) -> None:
+def score(samples: Path, tokenizer: Path | None, num: int | None, **values: Any) -> None:
     """Score the sample store SAMPLES against reference statistics.
 
     Adds a line with every setting to SAMPLES/scores.jsonl.
 
     \b
     Example:
-      detok-pipe score samples --ref adm_in256_stats.npz
+      detok-pipe score samples --ref imagenet-256
       detok-pipe score samples --ref mine.npz --features efficientnet-lite2 --resolution 128
     """
-    from detok_pipe.evaluation.features import load_extractor
-    from detok_pipe.evaluation.reference import read_reference
     from detok_pipe.latents.sample_store import open_sample_store
     from detok_pipe.pipelines import score as scoring
-    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
     from detok_pipe.pipelines.sweep import SCORES
     from detok_pipe.pipelines.sweep_output import score_table
 
-    processes = open_processes(device)
+    processes = open_processes(values["device"])
     store = open_sample_store(samples)
-    target = read_reference(reference, sha256=ref_sha256)
-    decoder = find_tokenizer(
-        store.identity["tokenizer"],
-        Path(store.extra["generator_run"]),
-        tokenizer,
-        device=processes.device,
-    )
-    extractor = load_extractor(
-        features, resolution=resolution, weights_dir=weights_dir, device=processes.device
-    )
     _, record = scoring.score(
         store,
-        decoder,
-        extractor,
-        target,
+        decoder_of(store, tokenizer, processes),
+        open_extractor(processes, **values),
+        open_reference(processes, **values),
         count=num,
-        batch_size=batch_size,
+        batch_size=values["batch_size"],
         processes=processes,
-        quiet=quiet,
+        quiet=values["quiet"],
     )
     if processes.is_main:
         scoring.append_record(samples / SCORES, record)
@@ -195,11 +173,9 @@ def sweep_cfg(run: Path, **values: Any) -> None:
 
     \b
     Example:
-      detok-pipe sweep-cfg runs/mar-l --ref adm_in256_stats.npz
+      detok-pipe sweep-cfg runs/mar-l --ref imagenet-256
       detok-pipe sweep-cfg runs/sit-b --ref adm_in256_stats.npz --search halving
     """
-    from detok_pipe.evaluation.features import load_extractor
-    from detok_pipe.evaluation.reference import read_reference
     from detok_pipe.latents.sample_store import open_sample_store
     from detok_pipe.pipelines import sweep_output
     from detok_pipe.pipelines.find_tokenizer import find_tokenizer
@@ -207,17 +183,12 @@ def sweep_cfg(run: Path, **values: Any) -> None:
     from detok_pipe.pipelines.trained import load_generator
 
     processes = open_processes(values["device"])
-    reference = read_reference(values["reference"], sha256=values["ref_sha256"])
+    reference = open_reference(processes, **values)
     generator = load_generator(run, device=processes.device, ema=values["ema"])
     tokenizer = find_tokenizer(
         generator.identity["tokenizer"], run, values["tokenizer"], device=processes.device
     )
-    extractor = load_extractor(
-        values["features"],
-        resolution=values["resolution"],
-        weights_dir=values["weights_dir"],
-        device=processes.device,
-    )
+    extractor = open_extractor(processes, **values)
     plan = plan_for(
         generator,
         scales=_scales(values["scales"]),

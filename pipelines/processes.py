@@ -5,6 +5,7 @@ travels between processes is small: decisions, and features of reference images.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -39,6 +40,12 @@ class Processes:
         """Return when every process has come here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """Let each machine's first process go ahead: what it downloads, the others find."""
+        if self.accelerator is None:
+            return nullcontext()
+        return self.accelerator.local_main_process_first()
 
     def gather(self, items: list[T]) -> list[T]:
         """Everyone's items, in the order of the processes, for everyone."""

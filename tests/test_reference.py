@@ -1,13 +1,16 @@
 """Statistics files of ADM, pytorch-fid and clean-fid, ours, and files that must be refused."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from detok_pipe.evaluation import reference as module
 from detok_pipe.evaluation.frechet import feature_stats
-from detok_pipe.evaluation.reference import read_reference, write_reference
+from detok_pipe.evaluation.reference import find_reference, read_reference, write_reference
+from detok_pipe.evaluation.weights import sha256_file
 from detok_pipe.latents.errors import InputError, MismatchError, NonFiniteError, WeightsError
 
 FEATURES = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
@@ -56,6 +59,8 @@ def test_adm_file_with_images_is_streamed(tmp_path: Path) -> None:
     reference = read_reference(path)
     assert reference.image_shape == (7, 8, 8, 3)
     assert reference.image_size == 8
+    (some,) = reference.images(8, start=2, stop=5)
+    np.testing.assert_array_equal(some.permute(0, 2, 3, 1).numpy(), images[2:5])
     batches = list(reference.images(3))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), images)
@@ -94,6 +99,31 @@ def test_what_may_not_be_compared(tmp_path: Path) -> None:
     theirs.check(extractor="FID", dimensions=6, image_size=64)
     with pytest.raises(MismatchError, match="names no network"):
         theirs.check(extractor="FD-EffLite2@128", dimensions=6, image_size=64)
+
+
+def test_a_published_reference_is_found_by_name_and_its_digest_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name = Path("imagenet-256")
+    with pytest.raises(WeightsError, match=r"ADM's reference batch .* was not found .* fid-stats"):
+        find_reference(name, download=False)
+    published = module.PUBLISHED["imagenet-256"]
+    assert len(published.sha256) == 64
+    for folder in (tmp_path / "hub" / "checkpoints", tmp_path / "own"):
+        folder.mkdir(parents=True)
+        path = folder / published.name
+        np.savez(path, mu=MU, sigma=SIGMA)
+        with pytest.raises(WeightsError, match=f"expected {published.sha256}"):
+            find_reference(name, weights_dir=folder)
+        known = dataclasses.replace(published, sha256=sha256_file(path))
+        monkeypatch.setitem(module.PUBLISHED, "imagenet-256", known)
+        assert find_reference(name, weights_dir=folder).path == path
+        monkeypatch.setitem(module.PUBLISHED, "imagenet-256", published)
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "mine.npz", mu=MU, sigma=SIGMA)
+    (tmp_path / "mine.npz").rename("imagenet-256")
+    assert find_reference(name).path == name  # a file of that name comes first
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
