@@ -1,5 +1,6 @@
 """Feature networks: torch-fidelity's own numbers, real photographs, missing weights."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from detok_pipe.evaluation import features as module
 from detok_pipe.evaluation.features import InceptionFeatures, load_extractor
@@ -19,8 +21,9 @@ from detok_pipe.evaluation.frechet import FrechetReference, feature_stats
 from detok_pipe.evaluation.inception_score import inception_score
 from detok_pipe.evaluation.kernel_distance import subset_kernel_distance
 from detok_pipe.evaluation.precision_recall import precision_recall
-from detok_pipe.evaluation.weights import PublishedFile, sha256_file
+from detok_pipe.evaluation.weights import sha256_file
 from detok_pipe.latents.errors import ConfigError, WeightsError
+from detok_pipe.pipelines.stored_features import features_of
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,49 @@ def test_inception_equals_torch_fidelity(
     assert features.std() > 0.1
     torch.testing.assert_close(ours["features"], features, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours["logits"], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.soak  # an eigenvalue problem of torch-fidelity's takes most of a minute
+def test_inception_scores_equal_torch_fidelity(
+    inception_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images and weights through its calculate_metrics and through ours."""
+    path = tmp_path / module.INCEPTION.name
+    torch.save(inception_state, path)
+    known = dataclasses.replace(module.INCEPTION, sha256=sha256_file(path))
+    monkeypatch.setattr(module, "INCEPTION", known)
+    generated, real = _crops(0, data.coffee(), 64), _crops(1, data.chelsea(), 56)
+    theirs = calculate_metrics(
+        input1=_Images(generated),
+        input2=_Images(real),
+        cuda=False,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subsets=5,
+        kid_subset_size=50,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(path),
+        save_cpu_ram=True,
+        verbose=False,
+        cache=False,
+    )
+    extractor = load_extractor("inception", weights_dir=tmp_path)
+    x, y = (features_of(extractor, images.split(16)) for images in (generated, real))
+    fid = FrechetReference(feature_stats(y.features)).score(x.features).value
+    assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    kid = subset_kernel_distance(x.features, y.features, subsets=5, subset_size=50)
+    # Its kernel is computed in the features' fp32, ours in fp64: equal where it has fp64 too.
+    assert kid.value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    doubles = (torch.from_numpy(table.features).double() for table in (x, y))
+    exact = kid_features_to_metric(*doubles, kid_subsets=5, kid_subset_size=50, verbose=False)
+    assert kid.value == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-6)
+    assert x.logits is not None
+    score, _ = inception_score(x.logits)
+    assert score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    shares = sorted([theirs["precision"], theirs["recall"]])
+    assert sorted(precision_recall(x.features, y.features)) == pytest.approx(shares, rel=1e-6)
 
 
 class _Tiny(FeatureExtractorBase):  # type: ignore[misc]
@@ -186,8 +232,15 @@ def test_inception_weights_are_checked(
     torch.save(inception_state, path)
     with pytest.raises(WeightsError, match="expected 6726825d"):
         load_extractor("inception", weights_dir=tmp_path)
+    known = dataclasses.replace(module.INCEPTION, sha256=sha256_file(path))
+    monkeypatch.setattr(module, "INCEPTION", known)
+    images = _crops(3, data.coffee(), 1)
+    torch.testing.assert_close(
+        load_extractor("inception", weights_dir=tmp_path)(images)["features"],
+        InceptionFeatures(inception_state)(images)["features"],
+    )
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, path)
-    known = PublishedFile(path.name, "", sha256_file(path), "the Inception weights of FID")
+    known = dataclasses.replace(known, sha256=sha256_file(path))
     monkeypatch.setattr(module, "INCEPTION", known)
     with pytest.raises(WeightsError, match="does not fit torch-fidelity's Inception"):
         load_extractor("inception", weights_dir=tmp_path)
