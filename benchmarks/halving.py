@@ -42,7 +42,7 @@ from detok_pipe.pipelines.trained import load_generator, load_tokenizer
 Pool = Mapping[float, np.ndarray]
 """Scale -> features (rows, D); equal rows share labels and noise."""
 
-EMOJI_SCALES = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0)
+EMOJI_SCALES = (0.5, 0.75, 1.0, 1.2, 1.4, 1.6, 2.0, 3.0, 4.0)
 
 
 @dataclass(frozen=True)
