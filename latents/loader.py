@@ -197,6 +197,11 @@ class LatentLoader:
             return position + self.rank + self.world * local
         return position + self.rank * len(local) + local
 
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """The cache's rows at some stream positions, int64."""
+        rows = self._order.at(positions)
+        return rows if self._subset is None else self._subset[rows]
+
     def _read_ahead(self, positions: np.ndarray) -> None:
         """Block mode: has the system fetch a window's blocks while the one before is in use.
 
@@ -316,11 +321,9 @@ class _Buffers:
         step = loader.global_batch
         steps = position + step * np.arange(self._group, dtype=np.int64)
         positions = (steps[:, None] + loader.positions(0)).reshape(-1)
-        rows = loader._order.at(positions)
+        rows = loader.rows_at(positions)
         if loader.mode == "block":
             loader._read_ahead(positions)
-        if loader._subset is not None:
-            rows = loader._subset[rows]
         choice = None
         if len(loader.views) > 1:
             draws = Noise(loader.seed, torch.from_numpy(positions)).uniform("view", ())

@@ -117,9 +117,19 @@ class TokenizerConfig:
         _check_recipe(self)
 
     @property
+    def blended_gamma(self) -> float:
+        """gamma of interpolative noise; 0 where noise is added, or where there is none."""
+        return self.gamma if self.noise == "interpolative" else 0.0
+
+    @property
     def lr(self) -> float:
         """The peak learning rate, by the linear rule."""
         return self.base_lr * self.global_batch / 256
+
+    @property
+    def lr_schedule(self) -> Literal["cosine"]:
+        """How the rate moves after the warm-up."""
+        return "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,21 +177,43 @@ class Execution:
     """How a run is carried out here and now; nothing in it changes what is computed."""
 
     device: str | None = None
-    micro_batch: int | None = None
-    """Rows that a process computes at once; None: its whole share of the global batch."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Rows that a process computes at once; None: its whole share of the global batch; "auto":
+    as many as its GPU has memory for."""
     log_every: int = 20
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    """The newest so many checkpoints stay, and with them those of the next two rules."""
+    keep_every: int | None = None
+    """Checkpoints of each so many steps stay."""
+    keep_best: Literal["loss", "score"] | None = None
+    """The checkpoint with the lowest loss or Fréchet distance stays."""
+    extend: bool = False
+    """Allow a longer duration than the run was started with."""
     compile: bool = False
+    activation_checkpointing: bool = False
+    fsdp: bool = False
+    """Shard weights, gradients, optimizer state and EMA over the GPUs."""
     trackers: tuple[str, ...] = ("tensorboard",)
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name in (
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every",
+            "micro_batch",
+        ):
+            value = getattr(self, name)
+            _check(
+                value is None or value == "auto" or value > 0,
+                f"{name} must be positive, not {value}",
+            )
         _check(
-            self.micro_batch is None or self.micro_batch > 0,
-            f"micro_batch must be positive, not {self.micro_batch}",
+            self.keep_every is None or self.keep_every % self.checkpoint_every == 0,
+            f"keep_every {self.keep_every} is no multiple of checkpoint_every "
+            f"{self.checkpoint_every}, so no checkpoint would fall on it",
         )
 
 

@@ -23,6 +23,10 @@ class Inspection:
     every: int
     run: Callable[[int], Mapping[str, float]]
 
+    def due(self, step: int, steps: int) -> bool:
+        """Whether it is to be done after ``step`` of ``steps`` steps."""
+        return step == steps or step % self.every == 0
+
 
 def inspect(inspections: Sequence[Inspection], step: int, steps: int) -> dict[str, float]:
     """The numbers of all inspections that are due after ``step`` of ``steps`` steps.
@@ -30,9 +34,9 @@ def inspect(inspections: Sequence[Inspection], step: int, steps: int) -> dict[st
     They may draw random numbers: ``fit`` seeds torch anew before each step.
     """
     found: dict[str, float] = {}
-    due = [each for each in inspections if step == steps or step % each.every == 0]
-    for each in due:
-        found.update(each.run(step))
+    for each in inspections:
+        if each.due(step, steps):
+            found.update(each.run(step))
     return found
 
 

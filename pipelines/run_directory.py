@@ -6,8 +6,9 @@
         model.safetensors, ema.safetensors, optimizer.safetensors, ...
         checkpoint.json     written last: step, progress, size and crc32c of each file
 
-A checkpoint appears by one rename. The newest ``keep`` checkpoints stay. One that does not
-match its checksums is passed over with a warning and the one before it is used.
+A checkpoint appears by one rename. Of the checkpoints stay the newest few, those of every n-th
+step, and the best by loss or score, as asked for (see :func:`open_run`). One that does not match
+its checksums is passed over with a warning and the one before it is used.
 """
 
 import json
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import torch
@@ -37,10 +38,12 @@ from detok_pipe.latents.errors import (
     MismatchError,
     StorageError,
 )
+from detok_pipe.pipelines.sharding import as_sharded
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint.json"
+BestBy = Literal["loss", "score"]
 _LIBRARIES = ("detok-pipe", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -89,6 +92,24 @@ def _verified(path: Path) -> Checkpoint:
 def checkpoint_paths(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, unchecked."""
     return sorted((run / "checkpoints").glob("step-????????"))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The number of finished steps that a checkpoint folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def checkpoint_metrics(path: Path) -> dict[str, float]:
+    """What was measured when a checkpoint was written; nothing where that cannot be read."""
+    try:
+        return json.loads((path / _CHECKPOINT).read_text()).get("metrics", {})
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def score_of(metrics: Mapping[str, Any]) -> float | None:
+    """The Fréchet distance among some metrics, on Inception's or another network's features."""
+    return next((v for name, v in metrics.items() if name.startswith(("FID", "FD-"))), None)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
@@ -157,11 +178,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
+    """The inverse of :func:`optimizer_tensors`, for whole tensors and parameters that may be
+    sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        like = parameters[int(index)]
+        # Moments have their parameter's shape; the step counter is a number.
+        moment = tensor.shape == like.shape
+        state.setdefault(int(index), {})[name] = as_sharded(tensor, like) if moment else tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -169,14 +195,30 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 class RunDirectory:
     """A run directory opened for writing by the main process; see :func:`open_run`."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        keep_best: BestBy | None = None,
+    ) -> None:
         self.path = path
         self._keep = keep
+        self._keep_every = keep_every
+        self._keep_best = keep_best
 
     def save_checkpoint(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], progress: dict[str, Any]
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        progress: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Write a checkpoint whole, then remove those older than the newest ``keep``.
+        """Write a checkpoint whole, then remove those that need not stay.
+
+        Args:
+            metrics: what was measured at this step; the best checkpoint is chosen by it.
 
         Raises:
             StorageError: the disk is full; older checkpoints are untouched.
@@ -195,12 +237,29 @@ class RunDirectory:
                         "Free some disk space and run the same command again"
                     ) from error
                 files[file.name] = {"size": file.stat().st_size, "crc32c": atomic.crc32c_file(file)}
-            atomic.write_json(
-                folder / _CHECKPOINT, {"step": step, "progress": progress, "files": files}
-            )
-        for old in checkpoint_paths(self.path)[: -self._keep]:
-            shutil.rmtree(old)
+            record = {"step": step, "progress": progress, "metrics": dict(metrics or {})}
+            atomic.write_json(folder / _CHECKPOINT, {**record, "files": files})
+        self._remove_old()
         return target
+
+    def _remove_old(self) -> None:
+        best = self._best()
+        for path in checkpoint_paths(self.path)[: -self._keep]:
+            every_nth = self._keep_every and checkpoint_step(path) % self._keep_every == 0
+            if not every_nth and path != best:
+                shutil.rmtree(path)
+
+    def _best(self) -> Path | None:
+        """The checkpoint with the lowest loss or score, the newer one of two that are equal."""
+        if self._keep_best is None:
+            return None
+        values = []
+        for path in checkpoint_paths(self.path):
+            metrics = checkpoint_metrics(path)
+            value = metrics.get("loss") if self._keep_best == "loss" else score_of(metrics)
+            if value is not None:
+                values.append((value, -checkpoint_step(path), path))
+        return min(values)[2] if values else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -242,22 +301,35 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def compare_config(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def compare_config(
+    path: Path, stored: dict[str, Any], wanted: dict[str, Any], *, extend: bool = False
+) -> None:
     """Check that a run directory belongs to this configuration and these inputs.
+
+    Args:
+        extend: allow a duration that makes more steps than the stored one.
 
     Raises:
         MismatchError: fields that change the result differ; each is named with both values.
     """
-    differing = []
+    longer = wanted.get("steps", 0) >= stored.get("steps", 0)
+    differing, hint = [], ""
     for section in ("config", "inputs"):
         old, new = stored.get(section, {}), wanted.get(section, {})
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                differing.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
+            if old.get(key) == new.get(key) or (key == "duration" and extend and longer):
+                continue
+            if key == "duration":
+                hint = (
+                    f"; --extend allows a longer duration ({stored.get('steps')} steps there)"
+                    if longer
+                    else f"; a run cannot be made shorter ({stored.get('steps')} steps there)"
+                )
+            differing.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
     if differing:
         raise MismatchError(
             f"{path} was started with other settings ({'; '.join(differing)}). "
-            "Run with the same settings to resume it, or give another --out"
+            f"Run with the same settings to resume it, or give another --out{hint}"
         )
 
 
@@ -270,6 +342,9 @@ def open_run(
     inputs: dict[str, Any],
     extra: Mapping[str, Any] | None = None,
     keep: int,
+    keep_every: int | None = None,
+    keep_best: BestBy | None = None,
+    extend: bool = False,
 ) -> Iterator[RunDirectory]:
     """Create or resume a run directory, locked while open. For the main process only.
 
@@ -279,7 +354,10 @@ def open_run(
         config: the resolved configuration; it must equal the stored one.
         inputs: fingerprints of what the run reads; they must equal the stored ones.
         extra: facts worth keeping with the run (class names, latent statistics, ...).
-        keep: how many checkpoints stay.
+        keep: the newest so many checkpoints stay.
+        keep_every: so do those of each so many steps.
+        keep_best: so does the one with the lowest loss or Fréchet distance.
+        extend: allow a longer duration than the stored one, and store it.
 
     Raises:
         MismatchError: the directory belongs to another configuration or other inputs.
@@ -299,9 +377,19 @@ def open_run(
         path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         record = {"kind": kind, "config": config, "inputs": inputs, **(extra or {})}
-        if (path / CONFIG).exists():
-            compare_config(path, read_config(path, kind), record)
+        record["versions"] = versions()
+        # Before the first checkpoint, a run that was begun is begun again.
+        if not (path / CONFIG).exists():
+            atomic.write_json(path / CONFIG, record)
         else:
-            atomic.write_json(path / CONFIG, {**record, "versions": versions()})
+            stored = read_config(path, kind)
+            compare_config(path, stored, record, extend=extend)
+            if not checkpoint_paths(path):
+                atomic.write_json(path / CONFIG, record)
+            elif stored["config"] != record["config"]:
+                earlier = {k: stored[k] for k in ("steps", "command", "versions") if k in stored}
+                earlier["duration"] = stored["config"]["duration"]
+                extended = [*stored.get("extended", []), earlier]
+                atomic.write_json(path / CONFIG, {**stored, **record, "extended": extended})
         atomic.remove_temporaries(path / "checkpoints")
-        yield RunDirectory(path, keep=keep)
+        yield RunDirectory(path, keep=keep, keep_every=keep_every, keep_best=keep_best)

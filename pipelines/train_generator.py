@@ -1,19 +1,24 @@
 """Stage two: train a generator from a latent cache."""
 
-import sys
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
+from detok_pipe.generators.patch import default_patch_size
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.cache import LatentCache, open_cache
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.loader import LatentLoader
 from detok_pipe.latents.noise import Noise
+from detok_pipe.pipelines.accelerators import flushed_denormals
+from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
 from detok_pipe.pipelines.config import (
     Execution,
     GeneratorConfig,
@@ -21,17 +26,18 @@ from detok_pipe.pipelines.config import (
     to_json,
     unknown_name,
 )
-from detok_pipe.pipelines.run_directory import latest_checkpoint
-from detok_pipe.pipelines.training import (
-    Parts,
-    accumulate,
-    ema_decay,
-    fit,
-    flushed_denormals,
-    learning_rate,
-    opened_run,
-    start,
+from detok_pipe.pipelines.ema import Ema
+from detok_pipe.pipelines.generator_inspection import Preview, inspections
+from detok_pipe.pipelines.run_directory import checkpoint_paths
+from detok_pipe.pipelines.sharding import (
+    checkpoint_activations,
+    compile_blocks,
+    prepared,
+    shard,
+    whole,
 )
+from detok_pipe.pipelines.trained import load_generator
+from detok_pipe.pipelines.training import Parts, load_weights, start, train
 
 
 def subset(cache: LatentCache, config: GeneratorConfig) -> np.ndarray | None:
@@ -57,8 +63,17 @@ def subset(cache: LatentCache, config: GeneratorConfig) -> np.ndarray | None:
     return rows
 
 
+def fitted_to(config: GeneratorConfig, cache: LatentCache) -> GeneratorConfig:
+    """``config`` with the patch size that suits the form of the latents, unless it has one."""
+    patch_size = default_patch_size(cache.grid)
+    if patch_size == 1 or "patch_size" in config.model:
+        return config
+    return dataclasses.replace(config, model={"patch_size": patch_size, **config.model})
+
+
 def describe(config: GeneratorConfig, cache: LatentCache) -> dict[str, Any]:
     """What a run would be and need, for ``--dry-run``: nothing is allocated."""
+    config = fitted_to(config, cache)
     with torch.device("meta"):
         model = _build(config, cache)
     parameters = sum(p.numel() for p in model.parameters())
@@ -76,6 +91,35 @@ def describe(config: GeneratorConfig, cache: LatentCache) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The weights that a training begins with: those of another run.
+
+    Attributes:
+        run: a generator's run directory, whose newest checkpoint is taken.
+        weights: "ema", the averaged ones, or "model", the last ones.
+    """
+
+    run: Path
+    weights: Literal["ema", "model"] = "ema"
+
+    def load(self, model: torch.nn.Module, cache: LatentCache) -> dict[str, Any]:
+        """Give ``model`` the weights; returns what they were, for the record.
+
+        Raises:
+            CheckpointError: no generator run, no checkpoint, or another network.
+        """
+        other = load_generator(self.run, ema=self.weights == "ema")
+        if other.identity["tokenizer"] != cache.tokenizer["fingerprint"]:
+            warnings.warn(
+                f"{self.run} was trained on latents of another tokenizer than the cache's: its "
+                "weights are hardly a better start than random ones",
+                stacklevel=2,
+            )
+        load_weights(model, other.model.state_dict(), self.run)
+        return {"run": str(self.run), **other.identity}
+
+
 def _build(config: GeneratorConfig, cache: LatentCache) -> torch.nn.Module:
     return build_generator(
         config.generator,
@@ -88,62 +132,43 @@ def _build(config: GeneratorConfig, cache: LatentCache) -> torch.nn.Module:
 
 @flushed_denormals()
 def train_generator(
-    config: GeneratorConfig, latents: Path, out: Path, execution: Execution
+    config: GeneratorConfig,
+    latents: Path,
+    out: Path,
+    execution: Execution,
+    *,
+    begin: Beginning | None = None,
+    preview: Preview | None = None,
 ) -> None:
     """Train (or go on training) the generator of ``config`` from the cache ``latents``.
 
     Writes the run directory ``out``; see ``run_directory.py`` for its form. Works alone or
     as one of many processes started by ``accelerate launch`` or ``torchrun``.
 
+    Args:
+        begin: begin with the weights of another run; by default with random ones.
+        preview: how the training is looked at; by default not at all.
+
     Raises:
         CacheError: the cache is missing, unfinished or damaged.
+        CheckpointError: the run to begin with is missing, or of another network.
         ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit`` and
             ``open_run``.
     """
     cache = open_cache(latents)
+    config = fitted_to(config, cache)
     accelerator, config = start(config, execution, out)
+    device = accelerator.device
     rows = subset(cache, config)
     images = cache.num_rows if rows is None else len(rows)
     steps = duration_in_steps(config.duration, images=images, global_batch=config.global_batch)
 
-    model = _build(config, cache).to(accelerator.device)
-    ema = AveragedModel(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    loader = LatentLoader(
-        cache,
-        config.global_batch,
-        config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-        views=config.views,
-        sample_posterior=config.sample_posterior,
-        subset=rows,
-    )
-    parts = Parts({"model": model}, {"optimizer": optimizer}, ema, loader)
-    trained = accelerator.prepare_model(torch.compile(model) if execution.compile else model)
-
-    def update(batch: Any, step: int) -> dict[str, Tensor]:
-        def losses(part: Any) -> dict[str, Tensor]:
-            noise = Noise(config.seed, part.ids, step=step, device=accelerator.device)
-            return {"loss": trained(part.z, part.condition, noise)}
-
-        values = accumulate(accelerator, trained, batch, execution.micro_batch, losses)
-        if config.clip is not None:
-            values["gradient_norm"] = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), config.clip
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return values
-
-    record = {
+    model = _build(config, cache)
+    inputs: dict[str, Any] = {
+        "cache": cache.fingerprint,
+        "tokenizer": cache.tokenizer["fingerprint"],
+    }
+    facts: dict[str, Any] = {
         "latents": {
             "path": str(latents),
             "grid": list(cache.grid),
@@ -153,32 +178,93 @@ def train_generator(
             "stats": cache.stats.to_json(),
         },
         "tokenizer": cache.tokenizer,
-        "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "command": sys.argv,
     }
-    with opened_run(
-        accelerator,
-        out,
-        kind="generator",
-        config=to_json(config),
-        inputs={"cache": cache.fingerprint, "tokenizer": cache.tokenizer["fingerprint"]},
-        extra=record,
-        keep=execution.keep_checkpoints,
-    ) as run:
-        fit(
-            config.generator,
-            accelerator=accelerator,
-            run=run,
-            parts=parts,
-            resume=latest_checkpoint(out),
-            update=update,
-            steps=steps,
-            rate=lambda step: learning_rate(
-                step, steps=steps, peak=config.lr, warmup=config.warmup, schedule=config.lr_schedule
-            ),
-            decay=lambda step: ema_decay(step, config.ema, config.ema_warmup),
-            global_batch=config.global_batch,
-            seed=config.seed,
-            execution=execution,
+    if begin is not None:
+        inputs["begin"] = {"run": str(begin.run), "weights": begin.weights}
+        if not checkpoint_paths(out):
+            facts["begun with"] = begin.load(model, cache)
+    model.to(device)
+    ema = Ema(model)
+    if execution.activation_checkpointing:
+        checkpoint_activations(model)
+    if execution.compile:
+        compile_blocks(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    trained = prepared(accelerator, model, optimizer)
+    if execution.fsdp:
+        shard(ema.module)
+    loader = LatentLoader(
+        cache,
+        config.global_batch,
+        config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=device,
+        views=config.views,
+        sample_posterior=config.sample_posterior,
+        subset=rows,
+    )
+    parts = Parts({"model": model}, {"optimizer": optimizer}, ema, loader)
+
+    def losses(part: Any, step: int) -> dict[str, Tensor]:
+        noise = Noise(config.seed, part.ids, step=step, device=device)
+        with accelerator.autocast():
+            return {"loss": trained(part.z, part.condition, noise)}
+
+    micro_batch = execution.micro_batch
+    if micro_batch == "auto":
+        micro_batch = largest_micro_batch(
+            accelerator, trained, loader, lambda part: losses(part, 0)["loss"]
         )
+
+    def update(batch: Any, step: int) -> dict[str, Tensor]:
+        values = accumulate(
+            accelerator, trained, batch, micro_batch, lambda part: losses(part, step)
+        )
+        if config.clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            values |= whole({"gradient_norm": norm})
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return values
+
+    def averaged() -> torch.nn.Module:
+        if not execution.fsdp:
+            return ema.module
+        network = _build(config, cache).to(device).requires_grad_(False).eval()
+        network.load_state_dict(whole(ema.module.state_dict()))
+        return network
+
+    def describe_ids(ids: Sequence[int]) -> str:
+        return f"rows {', '.join(map(str, loader.rows_at(np.asarray(ids))))} of the cache"
+
+    train(
+        config.generator,
+        config,
+        execution,
+        out,
+        accelerator=accelerator,
+        parts=parts,
+        update=update,
+        steps=steps,
+        kind="generator",
+        inputs=inputs,
+        facts=facts,
+        inspections=inspections(
+            preview or Preview(),
+            config,
+            cache,
+            averaged,
+            {"config": to_json(config), **facts},
+            accelerator=accelerator,
+            latents=latents,
+            out=out,
+        ),
+        describe_ids=describe_ids,
+    )

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from detok_pipe.latents.errors import Interrupted, NonFiniteError
 from detok_pipe.latents.noise import Noise
+from detok_pipe.pipelines.accelerators import make_accelerator
+from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.config import Execution
+from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.inspection import Inspection
 from detok_pipe.pipelines.run_directory import (
     checkpoint_paths,
@@ -20,14 +22,8 @@ from detok_pipe.pipelines.run_directory import (
     open_run,
     read_metrics,
 )
-from detok_pipe.pipelines.training import (
-    Parts,
-    accumulate,
-    ema_decay,
-    fit,
-    learning_rate,
-    make_accelerator,
-)
+from detok_pipe.pipelines.schedules import ema_decay, learning_rate
+from detok_pipe.pipelines.training import Parts, fit
 
 STEPS = 12
 QUIET = Execution(device="cpu", trackers=(), quiet=True, log_every=5, checkpoint_every=4)
@@ -63,7 +59,7 @@ def train(
     accelerator = make_accelerator("fp32", execution)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 4))
-    ema = AveragedModel(model)
+    ema = Ema(model)
     optimizer = torch.optim.AdamW(model.parameters())
     parts = Parts({"model": model}, {"optimizer": optimizer}, ema, Stream())
     trained = accelerator.prepare_model(model)

@@ -1,0 +1,81 @@
+"""Accelerate, set up as a training needs it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+)
+
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.pipelines.config import Execution, Precision
+from detok_pipe.pipelines.devices import resolve_device, resolve_precision
+
+PROJECT = "detok-pipe"
+"""The project's name in the trackers."""
+
+
+def make_accelerator(
+    precision: Precision, execution: Execution, run: Path | None = None
+) -> Accelerator:
+    """Accelerate with the device, precision and trackers that were asked for.
+
+    Args:
+        run: the run directory, where trackers that write files write them.
+
+    Raises:
+        ConfigError: the device cannot be used, a tracker's package is missing, or sharding was
+            asked for where there is nothing to shard over.
+    """
+    # Accelerate keeps its settings for the life of the process; a second run may have others.
+    AcceleratorState._reset_state()
+    # Without being told that it is on a CPU, Accelerate joins no processes there: each of
+    # torchrun's would take itself for the only one.
+    cpu = resolve_device(execution.device).type == "cpu"
+    state = PartialState(cpu=cpu)
+    if execution.fsdp and (cpu or state.num_processes == 1):
+        # Accelerate would quietly do something else.
+        raise ConfigError(
+            f"--fsdp shards a model over several GPUs, and this is {state.num_processes} process "
+            f"on {state.device.type}; start several with accelerate launch, or leave it out"
+        )
+    mixed = {"bf16": "bf16", "fp32": "no"}[resolve_precision(precision, state.device)]
+    try:
+        return Accelerator(
+            mixed_precision=mixed,
+            cpu=cpu,
+            # No buffer that is trained with needs to be the same on all processes.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if execution.fsdp else None,
+            log_with=list(execution.trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(run) if run else None,
+                logging_dir=str(run / "trackers") if run else None,
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(f"trackers {','.join(execution.trackers)}: {error}") from error
+
+
+def start_trackers(accelerator: Accelerator, run: Path) -> None:
+    """Begin the trackers' logs of a run."""
+    accelerator.init_trackers(PROJECT, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Count denormal numbers as zero, which a CPU computes with many times faster.
+
+    The state is the process's, so it is given back.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,36 @@
+"""The exponential moving average of a network's parameters."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Ema:
+    """A second copy of a network that follows the first one slowly.
+
+    torch's AveragedModel sends its step counter to the device in each step and waits for it;
+    this one keeps the device busy, and costs one fused operation a step.
+
+    Attributes:
+        module: the averaged network, in evaluation mode, without gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Move each parameter to ``decay`` of itself and the rest of the model's; copy buffers."""
+        averaged = [_local(p) for p in self.module.parameters()]
+        current = [_local(p) for p in model.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        buffers = list(self.module.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(model.buffers()))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -1,0 +1,264 @@
+"""How a generator is looked at while it trains: sample grids and a distance, of EMA weights."""
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch import nn
+
+from detok_pipe.evaluation.features import load_extractor
+from detok_pipe.evaluation.reference import find_reference
+from detok_pipe.latents.cache import LatentCache
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.pipelines import pictures
+from detok_pipe.pipelines.config import GeneratorConfig
+from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
+from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.progress import say
+from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
+from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
+from detok_pipe.pipelines.schedules import untrained_share
+from detok_pipe.pipelines.score import score
+from detok_pipe.pipelines.stored_features import decode_latents
+from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
+
+_CLASSES, _COLUMNS, _SIDE = 8, 8, 96
+_TOO_EARLY = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a generator in training is looked at with; nothing in it changes the training.
+
+    Samples come from the published sampler with fewer steps and bounded predictions, which suit
+    a network that has only begun to learn; ``sample`` and ``sweep-cfg`` give the final ones.
+
+    Attributes:
+        sample_every: steps between two sample grids; None: none.
+        score_every: steps between two scores; None: none.
+        tokenizer: decodes the samples; by default the one found beside the run or the cache.
+        reference: statistics to score against: a file, or a published name.
+        count: samples to score.
+        features: network of the Fréchet distance. resolution: of efficientnet-lite2's input.
+        weights_dir: where published weights lie.
+        iterations, steps, method, clip: of the sampler; see `Sampling`.
+    """
+
+    sample_every: int | None = None
+    score_every: int | None = None
+    tokenizer: TokenizerChoice | Path | None = None
+    reference: Path | None = None
+    count: int = 1000
+    features: str = "efficientnet-lite2"
+    resolution: int | None = None
+    weights_dir: Path | None = None
+    iterations: int = 64
+    steps: int = 50
+    method: str = "euler"
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every", "score_every", "count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be positive, and is {value}")
+        if self.score_every is not None and self.reference is None:
+            raise ConfigError(
+                "--score-every needs statistics of real images to compare with: name them with "
+                "--score-ref (fid-stats makes them)"
+            )
+
+
+def inspections(
+    preview: Preview,
+    config: GeneratorConfig,
+    cache: LatentCache,
+    averaged: Callable[[], nn.Module],
+    record: Mapping[str, Any],
+    *,
+    accelerator: Accelerator,
+    latents: Path,
+    out: Path,
+) -> list[Inspection]:
+    """Sample grids, ``samples/step-XXXXXXXX-samples.png``, and scores, as ``preview`` says.
+
+    Args:
+        averaged: gives the EMA network, whole, in evaluation mode; every process calls it.
+        record: what the run's ``config.json`` says of its configuration and latents.
+        latents: the folder of ``cache``. out: the run directory.
+
+    Raises:
+        ConfigError: no tokenizer is found that could decode; only where scores, or a tokenizer,
+            were asked for: else there are no grids.
+        InputError, WeightsError: the reference or the feature network is not to be had.
+    """
+    if preview.sample_every is None and preview.score_every is None:
+        return []
+    processes = Processes(accelerator)
+    try:
+        tokenizer = _tokenizer(preview.tokenizer, cache, latents, out, processes)
+    except ConfigError as error:
+        if preview.score_every is not None or preview.tokenizer is not None:
+            raise
+        say(f"no sample grids: {error}", quiet=not processes.is_main)
+        return []
+    sampler = _Sampler(preview, config, cache, averaged, record, out)
+    found = []
+    if preview.sample_every is not None:
+        found.append(_grids(preview.sample_every, sampler, tokenizer, accelerator))
+    if preview.score_every is not None:
+        found.append(_scores(preview, sampler, tokenizer, processes))
+    return found
+
+
+class _Sampler:
+    """Draws samples of a network in training."""
+
+    def __init__(
+        self,
+        preview: Preview,
+        config: GeneratorConfig,
+        cache: LatentCache,
+        averaged: Callable[[], nn.Module],
+        record: Mapping[str, Any],
+        out: Path,
+    ) -> None:
+        self.cache = cache
+        self.out = out
+        self._preview = preview
+        self._config = config
+        self._averaged = averaged
+        self._record = dict(record)
+
+    def generator(self, step: int) -> TrainedGenerator:
+        """The EMA network after ``step`` steps; every process calls."""
+        config = self._config
+        share = untrained_share(step, config.ema, config.ema_warmup)
+        if share > _TOO_EARLY:
+            warnings.warn(
+                f"after {step:,} steps the averaged weights are still {share:.0%} those of the "
+                f"untrained network (ema {config.ema}): samples say little yet; shorter runs want "
+                "a smaller ema, or --set ema_warmup=true",
+                stacklevel=2,
+            )
+        return TrainedGenerator(
+            model=self._averaged(),
+            stats=self.cache.stats,
+            grid=self.cache.grid,
+            class_names=list(self.cache.class_names),
+            identity={"step": step, "tokenizer": self.cache.tokenizer["fingerprint"]},
+            record=self._record,
+            path=self.out,
+        )
+
+    @contextmanager
+    def samples(
+        self,
+        generator: TrainedGenerator,
+        processes: Processes,
+        count: int,
+        classes: Sequence[int] | None = None,
+    ) -> Iterator[SampleStore]:
+        """A store of ``count`` samples, which is gone afterwards."""
+        preview = self._preview
+        folder = samples_folder(self.out) / ".drawn"
+        processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        yield sample(
+            generator,
+            folder,
+            count=count,
+            sampling=sampling_of(
+                generator,
+                iterations=preview.iterations,
+                steps=preview.steps,
+                method=preview.method,
+                clip=preview.clip,
+            ),
+            classes=classes,
+            precision=self._config.precision,
+            processes=processes,
+            quiet=True,
+        )
+        processes.wait()
+        processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _grids(
+    every: int, sampler: _Sampler, tokenizer: TrainedTokenizer, accelerator: Accelerator
+) -> Inspection:
+    names = sampler.cache.class_names
+
+    def draw(step: int) -> Mapping[str, float]:
+        generator = sampler.generator(step)
+        if accelerator.is_main_process:
+            alone = Processes(device=accelerator.device)
+            classes = sampled_classes(generator)[:_CLASSES]
+            with sampler.samples(generator, alone, _COLUMNS * len(classes), classes) as store:
+                z = store.read(0, store.count)
+            images = pictures.to_images(decode_latents(tokenizer, generator.stats, z))
+            labels = labels_of(np.arange(len(images)), classes).tolist()
+            rows = pictures.class_rows(images, labels, names, per_class=_COLUMNS)
+            grid = pictures.labelled_grid(rows, side=_SIDE)
+            save_picture(accelerator, sampler.out, "samples", grid, step)
+        return {}
+
+    return Inspection(every, draw)
+
+
+def _scores(
+    preview: Preview, sampler: _Sampler, tokenizer: TrainedTokenizer, processes: Processes
+) -> Inspection:
+    assert preview.score_every is not None
+    assert preview.reference is not None
+    with processes.main_first():
+        reference = find_reference(preview.reference, weights_dir=preview.weights_dir)
+        extractor = load_extractor(
+            preview.features,
+            resolution=preview.resolution,
+            weights_dir=preview.weights_dir,
+            device=processes.device,
+        )
+    reference.check(
+        extractor=extractor.name,
+        dimensions=extractor.dimensions,
+        image_size=tokenizer.image_size,
+    )
+
+    def measure(step: int) -> Mapping[str, float]:
+        generator = sampler.generator(step)
+        with sampler.samples(generator, processes, preview.count) as store:
+            processes.wait()
+            scores, _ = score(
+                store, tokenizer, extractor, reference, processes=processes, quiet=True
+            )
+        return {name: measured.value for name, measured in scores.metrics.items()}
+
+    return Inspection(preview.score_every, measure)
+
+
+def _tokenizer(
+    named: TokenizerChoice | Path | None,
+    cache: LatentCache,
+    latents: Path,
+    out: Path,
+    processes: Processes,
+) -> TrainedTokenizer:
+    """The tokenizer that was named, the published one of the cache, or a neighbour."""
+    fingerprint, published = cache.tokenizer["fingerprint"], cache.tokenizer.get("name")
+    with processes.main_first():
+        if named is None and published in PUBLISHED_TOKENIZERS:
+            named = TokenizerChoice(published)
+        if named is not None:
+            return find_tokenizer(fingerprint, out, named, device=processes.device)
+        try:
+            return find_tokenizer(fingerprint, latents, device=processes.device)
+        except ConfigError:
+            return find_tokenizer(fingerprint, out, device=processes.device)

@@ -1,0 +1,82 @@
+"""Networks whose parameters or activations are too many for one device.
+
+A generator's transformer blocks, and those of its diffusion head, are the units: each is
+sharded (FSDP), recomputed in the backward pass (activation checkpointing) or compiled alone.
+Checkpoints hold whole tensors whatever the sharding, so a run may go on without it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from detok_pipe.latents.errors import ConfigError
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network: the entries of its module lists."""
+    return [
+        child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module
+    ]
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have the blocks compute their activations again in the backward pass, to the same bits."""
+    units = set(blocks(model))
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: module in units
+    )
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block; equal ones share the code."""
+    for block in blocks(model):
+        block.compile()
+
+
+def prepared(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> nn.Module:
+    """The network as it is to be called in training: wrapped for several processes, or sharded.
+
+    Sharding replaces the parameters of ``model`` and those in ``optimizer``.
+
+    Raises:
+        ConfigError: sharding was asked for, and Accelerate did not shard.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin is None:
+        return accelerator.prepare_model(model)
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks(model)})
+    trained, _ = accelerator.prepare(model, optimizer)
+    if not isinstance(trained, FSDPModule):
+        raise ConfigError("--fsdp: Accelerate did not shard the model; start it with its launcher")
+    return trained
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shard a network's blocks, and the rest of it, over all processes; its parameters change."""
+    for block in blocks(model):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with their shards put together; every process has to call."""
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's view of a whole tensor, sharded as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
