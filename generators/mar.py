@@ -57,7 +57,7 @@ class MAR(TokenGenerator):
 
     Noise names: "label_drop", "order", "mask_ratio" (shared), "head/t", "head/noise" in training;
     "order" and "head/<iteration>" in sampling. Sampling uses all options but `method`; None means
-    64 iterations (or one a token, if fewer) and 100 head steps.
+    64 iterations (or one a token, if fewer or where latents are a sequence) and 100 head steps.
 
     Args:
         width, depth, heads: of both encoder and decoder (depth blocks each).
@@ -152,7 +152,8 @@ class MAR(TokenGenerator):
     def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         """Labels (B,) int64, -1 for null -> latents (B, N p^2, C) fp32, normalised."""
         batch, width, device = len(condition), self.mask_token.shape[-1], condition.device
-        counts = reveal_counts(self.tokens, sampling.iterations or min(64, self.tokens))
+        usual = self.tokens if len(self.grid) == 1 else min(64, self.tokens)
+        counts = reveal_counts(self.tokens, sampling.iterations or usual)
         head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         # Rows B..2B hold the null half; an iteration at scale 1 leaves them out. Places are kept
         # in the order in which they are revealed, an order's entries from its end.

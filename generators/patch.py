@@ -39,6 +39,11 @@ def token_grid(grid: Sequence[int], patch_size: int) -> tuple[int, ...]:
     return tuple(size // patch_size for size in grid)
 
 
+def default_patch_size(grid: Sequence[int]) -> int:
+    """2 for maps of more than 16 x 16 places (f8 latents of 256 pixels), else 1, as published."""
+    return 2 if len(grid) == 2 and math.prod(grid) > 256 and not any(n % 2 for n in grid) else 1
+
+
 def patchify(z: Tensor, grid: Sequence[int], patch_size: int, order: TokenOrder) -> Tensor:
     """Latents ``(B, N, C)`` to tokens ``(B, N / p^2, p^2 C)``; any dtype and device."""
     if patch_size == 1:
