@@ -1,12 +1,14 @@
 """Sampled latents: rows i = 0 ... count - 1, in order, drawn once and scored many times.
 
 A folder of ``samples.json`` (what the samples are) and shards ``00000.safetensors`` with one tensor
-``z`` (R, N, C) float16, normalised, and its CRC-32C. Shards are written whole by any number of
-processes; a store of the same identity is gone on with, one of another identity is refused.
+``z`` (R, N, C) float16, normalised, its CRC-32C, and a digest of the store that it belongs to.
+Shards are written whole by any number of processes; a store of the same identity is gone on with,
+one of another identity is refused, and so is a shard of another store.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -38,6 +40,7 @@ class SampleStore:
         identity: what identifies the samples (generator weights, sampling, seed, labels).
         count: rows when it is finished. rows_per_shard: rows of each shard but the last.
         grid, channels: form of a latent. stats: the normalisation that undoes theirs.
+        digest: SHA-256 of all of these but the path.
         extra: further facts for readers, which identify nothing.
     """
 
@@ -48,6 +51,7 @@ class SampleStore:
     channels: int
     rows_per_shard: int
     stats: LatentStats
+    digest: str
     extra: dict[str, Any]
 
     @classmethod
@@ -153,8 +157,7 @@ class SampleStore:
                 f"sample {start + int(np.argmin(finite))} is not finite in fp16: its largest value "
                 f"is {np.abs(z[int(np.argmin(finite))]).max():g}"
             )
-        crc = str(google_crc32c.value(cast.tobytes()))
-        create_exclusive(self._path(shard), save({"z": cast}, metadata={"crc32c": crc}))
+        create_exclusive(self._path(shard), save({"z": cast}, metadata=self._metadata(cast)))
         if self.complete:
             # Whoever is still writing is writing a shard that is there already.
             remove_temporaries(self.path)
@@ -176,19 +179,33 @@ class SampleStore:
                 out[a - start : b - start] = file.get_slice("z")[a - first : b - first]
         return out
 
+    def read_shard(self, shard: int) -> np.ndarray:
+        """All rows of a shard, (R, N, C) float16, with their checksum compared.
+
+        Raises:
+            CacheError: it is missing or damaged.
+        """
+        with self._opened(shard) as file:
+            z, metadata = file.get_tensor("z"), file.metadata()
+        if metadata != self._metadata(z):
+            raise CacheError(
+                f"{self._path(shard)}: its checksum is wrong; remove it and sample again"
+            )
+        return z
+
     def verify(self) -> list[str]:
         """Reads and hashes every shard: what is wrong, a line a problem."""
         problems = []
         for shard in range(self.shards):
             try:
-                with self._opened(shard) as file:
-                    z, recorded = file.get_tensor("z"), (file.metadata() or {}).get("crc32c")
+                self.read_shard(shard)
             except CacheError as error:
                 problems.append(str(error))
-                continue
-            if str(google_crc32c.value(z.tobytes())) != recorded:
-                problems.append(f"{self._path(shard)}: its checksum is wrong")
         return problems
+
+    def _metadata(self, z: np.ndarray) -> dict[str, str]:
+        # One entry, because safetensors writes several in an order that changes.
+        return {"store": f"{self.digest} crc32c {google_crc32c.value(z.tobytes())}"}
 
     def _path(self, shard: int) -> Path:
         return self.path / f"{shard:05d}.safetensors"
@@ -204,11 +221,22 @@ class SampleStore:
         try:
             file = safe_open(path, framework="numpy")
             found = (file.get_slice("z").get_dtype(), file.get_slice("z").get_shape())
+            metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{path} is damaged ({error}); remove it and sample again") from error
         if found != ("F16", [stop - start, *self.row_shape]):
             raise CacheError(f"{path} is damaged: it holds {found}; remove it and sample again")
+        if not metadata.get("store", "").startswith(self.digest):
+            raise CacheError(
+                f"{path} belongs to other samples than {self.path / HEADER} describes; remove it "
+                "and sample again"
+            )
         return file
+
+
+def _digest(header: Mapping[str, Any]) -> str:
+    described = {key: value for key, value in header.items() if key != "extra"}
+    return hashlib.sha256(canonical_json(described)).hexdigest()
 
 
 def open_sample_store(path: Path | str) -> SampleStore:
@@ -232,6 +260,7 @@ def open_sample_store(path: Path | str) -> SampleStore:
             int(header["channels"]),
             int(header["rows_per_shard"]),
             LatentStats.from_json(header["stats"]),
+            _digest(header),
             dict(header.get("extra", {})),
         )
     except (KeyError, TypeError, ValueError, ConfigError) as error:

@@ -142,12 +142,13 @@ class StoredFeatures:
         quiet = quiet or not processes.is_main
         with progress(name, total=total, initial=total - left, unit="images", quiet=quiet) as task:
             for shard, start, end in missing:
+                rows = self._rows(shard, start)
                 tables = []
-                for begin in range(start, end, batch_size):
-                    rows = self._rows(begin, min(begin + batch_size, end))
-                    images = decode_latents(self.tokenizer, self.store.stats, rows)
+                for begin in range(0, end - start, batch_size):
+                    some = rows[begin : begin + batch_size]
+                    images = decode_latents(self.tokenizer, self.store.stats, some)
                     tables.append(features_of(self.extractor, [images]))
-                    task.advance(len(rows))
+                    task.advance(len(some))
                 self._write(shard, FeatureTable.joined(tables))
 
     def read(self, stop: int | None = None) -> FeatureTable:
@@ -171,8 +172,8 @@ class StoredFeatures:
     def _file(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.npz"
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        rows = self.store.read(start, stop)
+    def _rows(self, shard: int, start: int) -> np.ndarray:
+        rows = self.store.read_shard(shard)
         broken = ~np.isfinite(rows).all(axis=(1, 2))
         if broken.any():
             raise NonFiniteError(

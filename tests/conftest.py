@@ -1,5 +1,7 @@
-"""What the golden files need: weights and noise that follow a rule instead of being recorded."""
+"""Fixtures that several modules' tests share; golden files' weights and noise follow a rule."""
 
+import os
+import subprocess
 import zlib
 
 import numpy as np
@@ -48,3 +50,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs that can be resized and made read-only."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if os.name != "posix" or os.geteuid() != 0 or not mount("size=4k"):
+        pytest.skip("mounting a tmpfs needs root")
+    yield path, mount
+    subprocess.run(["umount", str(path)], check=True)

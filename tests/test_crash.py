@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
@@ -112,22 +111,6 @@ def test_ctrl_c_leaves_no_temporary_file(processes, tmp_path):
         assert temporaries(path) == []
         write_as(path, "webdataset")
         assert tree(path) == tree(tmp_path / "calm")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A tmpfs that can be resized and made read-only."""
-    path = tmp_path / "disk"
-    path.mkdir()
-
-    def mount(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    if os.name != "posix" or os.geteuid() != 0 or not mount("size=4k"):
-        pytest.skip("mounting a tmpfs needs root")
-    yield path, mount
-    subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.parametrize("store_format", FORMATS)

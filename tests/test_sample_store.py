@@ -1,9 +1,18 @@
+"""Sample stores: resumable, never mixed, and sound after kills and full disks."""
+
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError, NonFiniteError
+from detok_pipe.latents.errors import (
+    CacheError,
+    ConfigError,
+    MismatchError,
+    NonFiniteError,
+    StorageError,
+)
 from detok_pipe.latents.sample_store import SampleStore, open_sample_store
 from detok_pipe.latents.stats import LatentStats
 
@@ -107,6 +116,47 @@ def test_damage_is_found(tmp_path):
     assert "00001.safetensors: its checksum is wrong" in problems[1]
     with pytest.raises(CacheError, match="is damaged"):
         store.read(0, 1)
+
+
+def test_a_shard_of_another_store_is_refused(tmp_path):
+    for seed in (0, 1):
+        fill(begin(tmp_path / f"{seed}", IDENTITY | {"seed": seed}))
+    shutil.copy(tmp_path / "0" / "00001.safetensors", tmp_path / "1")
+    mixed = open_sample_store(tmp_path / "1")
+    with pytest.raises(CacheError, match=r"00001\.safetensors belongs to other samples"):
+        mixed.read(0, 10)
+    assert len(mixed.verify()) == 1
+
+
+def test_fifty_thousand_samples_of_sixteen_channels_take_410_megabytes(tmp_path):
+    shape = {"grid": (16, 16), "channels": 16, "stats": LatentStats.identity(16)}
+    store = begin(tmp_path, count=50_000, rows_per_shard=250, **shape)
+    store.commit(0, np.zeros((250, 256, 16), np.float32))
+    shard = (tmp_path / "00000.safetensors").stat().st_size
+    assert 200 * shard == pytest.approx(410e6, rel=0.002)
+
+
+def test_disk_full(small_disk, tmp_path):
+    """A clear error, no part left behind, and what was written stays and is gone on with."""
+    disk, mount = small_disk
+    fill(begin(tmp_path / "calm"))
+    errors = []
+    for kilobytes in range(4, 100, 4):
+        mount(f"remount,size={kilobytes}k")
+        before = set(disk.rglob("*.safetensors"))
+        try:
+            fill(begin(disk / "s"))
+            break
+        except StorageError as error:
+            errors.append(str(error))
+        assert list(disk.rglob(".tmp-*")) == []
+        assert before <= set(disk.rglob("*.safetensors"))
+    assert len(errors) > 2
+    assert all("no space is left" in error and str(disk) in error for error in errors)
+    store = open_sample_store(disk / "s")
+    assert store.complete
+    assert store.verify() == []
+    np.testing.assert_array_equal(store.read(0, 10), Z.astype(np.float16))
 
 
 def test_headers_of_something_else(tmp_path):

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from score_making import QUICK, TinyFeatures, tiny_generator, tiny_reference, tiny_tokenizer
 
 from detok_pipe.evaluation.frechet import FrechetReference, feature_stats
@@ -104,19 +106,26 @@ def test_what_does_not_belong_together(store: SampleStore, tmp_path: Path) -> No
     assert extractor.images == 0
 
 
-def test_missing_shards_and_nan_are_named(
-    store: SampleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_damaged_and_nan_shards_are_named(store: SampleStore, tmp_path: Path) -> None:
     reference = tiny_reference(tmp_path / "ref.npz")
-    rows = store.read(0, 40)
-    rows[13] = np.nan
-    monkeypatch.setattr(SampleStore, "read", lambda self, start, stop: rows[start:stop])
-    with pytest.raises(NonFiniteError, match="row 13 holds NaN"):
+
+    def scored() -> None:
         score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
-    monkeypatch.undo()
+
+    shard = store.path / "00001.safetensors"
+    rows, whole = store.read_shard(1), shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CacheError, match=r"00001\.safetensors: its checksum is wrong"):
+        scored()
+    rows[5] = np.nan  # no writer of ours would
+    checksum = f"{store.digest} crc32c {google_crc32c.value(rows.tobytes())}"
+    shard.write_bytes(save({"z": rows}, metadata={"store": checksum}))
+    with pytest.raises(NonFiniteError, match="row 13 holds NaN"):
+        scored()
+    shard.write_bytes(whole)
     (store.path / "00004.safetensors").unlink()
     with pytest.raises(CacheError, match="1 of 5 shards"):
-        score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
+        scored()
 
 
 def test_only_the_scale_may_differ_in_a_curve(store: SampleStore, tmp_path: Path) -> None:
