@@ -1,7 +1,9 @@
 """The perceptual term of the tokenizer's loss: which networks, and where their weights are."""
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -58,10 +60,8 @@ def perceptual_term(
         return FeatureDistance(network, size=size).to(device)
     term: nn.Module = lpips_term(size, weights_dir)
     if kind == "lpips+convnext":
-        classifier = torchvision.models.convnext_small()
-        classifier.load_state_dict(load_state_dict(find_published(CONVNEXT_SMALL, weights_dir)))
-        logits = LogitsDistance(classifier)
-        term = WeightedMean([(_LPIPS_WEIGHT, term), (_CONVNEXT_WEIGHT, logits)])
+        classifier = _published(torchvision.models.convnext_small, CONVNEXT_SMALL, weights_dir)
+        term = WeightedMean([(_LPIPS_WEIGHT, term), (_CONVNEXT_WEIGHT, LogitsDistance(classifier))])
     return term.to(device)
 
 
@@ -69,10 +69,9 @@ def lpips_term(size: int | None = None, weights_dir: Path | None = None) -> LPIP
     """LPIPS-VGG16 with the published heads, which the ``lpips`` package carries.
 
     Raises:
-        WeightsError: VGG16's weights or the package are missing.
+        WeightsError: VGG16's weights or the package are missing, or the weights are wrong.
     """
-    vgg = torchvision.models.vgg16()
-    vgg.load_state_dict(load_state_dict(find_published(VGG16, weights_dir)))
+    vgg = _published(torchvision.models.vgg16, VGG16, weights_dir)
     try:
         heads = resources.files("lpips") / "weights" / "v0.1" / "vgg.pth"
     except ModuleNotFoundError:
@@ -82,3 +81,17 @@ def lpips_term(size: int | None = None, weights_dir: Path | None = None) -> LPIP
         ) from None
     with resources.as_file(heads) as path:
         return LPIPS(vgg.features, LPIPS.heads_of(load_state_dict(path)), size=size)
+
+
+def _published(
+    architecture: Callable[[], Any], file: PublishedFile, weights_dir: Path | None
+) -> Any:
+    """A network with its published weights, which take the place of initial ones."""
+    path = find_published(file, weights_dir)
+    with torch.device("meta"):
+        network = architecture()
+    try:
+        network.load_state_dict(load_state_dict(path), assign=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} is not {file.purpose}: {error}") from error
+    return network

@@ -5,6 +5,7 @@ gradients for the reconstruction only. The networks are frozen and stay in evalu
 their parameters are part of the module, so ``.to(device)`` moves them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class PerceptualTerm(nn.Module):
+class PerceptualTerm(nn.Module, ABC):
     """A distance of frozen features: normalises, then compares.
 
     Args:
@@ -45,13 +46,13 @@ class PerceptualTerm(nn.Module):
         """Always evaluation mode: BatchNorm and dropout of a frozen network stay fixed."""
         return super().train(False)
 
+    @abstractmethod
     def features(self, x: Tensor) -> list[Tensor]:
         """(B, 3, h, w) normalised -> what is compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance(self, features: list[Tensor], wanted: list[Tensor]) -> Tensor:
         """Features of the reconstruction and of the images -> scalar."""
-        raise NotImplementedError
 
     def _prepared(self, x: Tensor) -> Tensor:
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
