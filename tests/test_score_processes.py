@@ -80,3 +80,39 @@ def test_killed_at_random_moments_gives_the_same_bits(runs: Path, tmp_path: Path
     assert killed.complete
     assert killed.verify() == []
     np.testing.assert_array_equal(whole.read(0, 2500), killed.read(0, 2500))
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    """1,800 more images of 256 pixels would take 350 MB; only their features stay."""
+    program = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from score_making import TinyFeatures, tiny_reference
+from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.score import score
+from detok_pipe.pipelines.trained import TrainedTokenizer
+from detok_pipe.tokenizer.model import LDeTok
+
+folder, size = Path(sys.argv[1]), (32, 1, 2)
+model = LDeTok(image_size=256, patch_size=32, channels=4, encoder=size, decoder=size).eval()
+tokenizer = TrainedTokenizer(model, 256, {"fingerprint": "t"}, "decoder", folder, 0)
+identity = {"tokenizer": "t", "sampling": {}}
+store = SampleStore.open(
+    folder / "s", identity, count=2000, grid=(8, 8), channels=4, rows_per_shard=50,
+    stats=LatentStats.identity(4),
+)
+for shard, start, stop in store.pending():
+    store.commit(shard, np.random.default_rng(shard).standard_normal((stop - start, 64, 4)))
+reference = tiny_reference(folder / "reference.npz", size=256)
+for count in (200, 2000):
+    score(store, tokenizer, TinyFeatures(), reference, count=count, batch_size=25, quiet=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
+    assert many - few < 60_000  # kilobytes
