@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.config import TokenizerConfig
-from detok_pipe.pipelines.training import accumulate
 from detok_pipe.tokenizer.discriminator import PatchDiscriminator
 from detok_pipe.tokenizer.losses import discriminator_losses
 from detok_pipe.tokenizer.model import parameter_groups

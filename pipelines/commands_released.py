@@ -79,16 +79,17 @@ def presets(name: str | None) -> None:
     from detok_pipe.generators.registry import generator_names
     from detok_pipe.pipelines.config import to_json
     from detok_pipe.pipelines.generator_presets import GENERATOR_PRESETS, generator_preset
-    from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS
+    from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS, list_presets
 
     if name is None:
+        generators = [(n, (r.__doc__ or "").splitlines()[0]) for n, r in GENERATOR_PRESETS.items()]
         for kind, entries in (
-            ("tokenizers (train-tok)", TOKENIZER_PRESETS),
-            ("generators (train-gen)", GENERATOR_PRESETS),
+            ("tokenizers (train-tok)", list_presets()),
+            ("generators (train-gen)", generators),
         ):
             click.echo(f"{kind}:")
-            for preset, described in entries.items():
-                click.echo(f"  {preset:20} {(described.__doc__ or '').splitlines()[0]}")
+            for preset, summary in entries:
+                click.echo(f"  {preset:24} {summary}")
         others = sorted(set(generator_names()) - GENERATOR_PRESETS.keys())
         click.echo(f"other generators, with the common recipe: {', '.join(others)}")
         return

@@ -14,7 +14,7 @@ from detok_pipe.pipelines.cli_options import (
     quiet_option,
     tokenizer_argument,
 )
-from detok_pipe.pipelines.cli_score_options import together
+from detok_pipe.pipelines.cli_score_options import open_processes, together
 from detok_pipe.pipelines.cli_train_options import (
     execution,
     execution_options,
@@ -22,6 +22,17 @@ from detok_pipe.pipelines.cli_train_options import (
     resolved,
 )
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
+
+PICTURE_SIDE = 128
+"""Images in pictures are shrunk to so many pixels."""
+
+
+def numbers(_: click.Context, option: click.Parameter, text: str) -> list[float]:
+    """Numbers that are written with commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write numbers with commas, as 0,0.5,1") from None
 
 
 measure_options = together(
@@ -128,16 +139,23 @@ def train_tok(
     "--corruption",
     type=PATH,
     metavar="PNG",
-    help="Also rebuild from noisy and partly hidden latents: PSNR in the JSON, and this picture.",
+    help="Also rebuild 32 images from noisy and partly hidden latents: PSNR in the JSON, and this "
+    "picture. For l-DeTok tokenizers.",
 )
 @click.option(
     "--noise-levels",
+    "levels",
     default="0,0.5,1,2",
     show_default=True,
+    callback=numbers,
     help="Of --corruption, in units of the tokenizer's latent std.",
 )
 @click.option(
-    "--hidden", default="0,0.3,0.5,0.7", show_default=True, help="Of --corruption: shares of tokens."
+    "--hidden",
+    default="0,0.3,0.5,0.7",
+    show_default=True,
+    callback=numbers,
+    help="Of --corruption: shares of the tokens.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @device_option
@@ -153,6 +171,9 @@ def eval_tok(
     lpips: bool,
     weights_dir: Path | None,
     picture: Path | None,
+    corruption: Path | None,
+    levels: list[float],
+    hidden: list[float],
     batch_size: int,
     device: str | None,
     quiet: bool,
@@ -162,49 +183,55 @@ def eval_tok(
     \b
     Example:
       detok-pipe eval-tok runs/tok --data imagenet/val
-      detok-pipe eval-tok runs/tok --data photos --features none --picture rebuilt.png
-      detok-pipe eval-tok sd-vae --data imagenet/val
+      detok-pipe eval-tok runs/tok --data photos --features none --corruption corrupted.png
+      detok-pipe eval-tok sd-vae --data imagenet/val --picture rebuilt.png
     """
-    from detok_pipe.evaluation.features import load_extractor
     from detok_pipe.pipelines import pictures
-    from detok_pipe.pipelines.accelerators import make_accelerator
-    from detok_pipe.pipelines.config import Execution
+    from detok_pipe.pipelines.corruption_study import study_run
     from detok_pipe.pipelines.images import open_images
-    from detok_pipe.pipelines.perceptual import lpips_term
     from detok_pipe.pipelines.reconstruct import (
         evaluate_tokenizer,
         evenly_spaced,
         load_squares,
+        open_measures,
         reconstruction_picture,
     )
     from detok_pipe.pipelines.tokenizers import open_tokenizer
 
-    accelerator = make_accelerator("fp32", Execution(device=device, trackers=()))
-    target = accelerator.device
-    measured = open_tokenizer(tokenizer, device=target)
+    processes = open_processes(device)
+    measured = open_tokenizer(tokenizer, device=processes.device)
     source = open_images(data)
     scores = evaluate_tokenizer(
         measured.model,
         source,
         image_size=measured.image_size,
-        extractor=None
-        if features == "none"
-        else load_extractor(
-            features, resolution=resolution, weights_dir=weights_dir, device=target
+        **open_measures(
+            processes,
+            features=features,
+            resolution=resolution,
+            lpips=lpips,
+            weights_dir=weights_dir,
         ),
-        lpips=lpips_term(weights_dir=weights_dir).to(target) if lpips else None,
-        device=target,
+        device=processes.device,
         batch_size=batch_size,
         limit=limit,
-        accelerator=accelerator,
+        accelerator=processes.accelerator,
         quiet=quiet,
     )
-    if accelerator.is_main_process:
+    if processes.is_main:
+        pixels, _ = load_squares(source, evenly_spaced(len(source), 32), measured.image_size)
         if picture is not None:
-            some = evenly_spaced(len(source), 16)
-            pixels, _ = load_squares(source, some, measured.image_size)
-            drawn = reconstruction_picture(measured.model, pixels, device=target)
+            drawn = reconstruction_picture(
+                measured.model, pixels[::2], side=PICTURE_SIDE, device=processes.device
+            )
             pictures.save(picture, drawn)
+        if corruption is not None:
+            study = study_run(
+                measured, pixels, levels=levels, ratios=hidden, device=processes.device
+            )
+            scores["corruption"] = study.to_json()
+            rows = study.rows(pixels[::4])
+            pictures.save(corruption, pictures.labelled_grid(rows, side=PICTURE_SIDE))
         click.echo(json.dumps(scores, indent=2))
     if scores["unreadable"]:
         context.exit(3)

@@ -5,16 +5,21 @@ The picture that shows what latent denoising is, and its numbers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detok_pipe.evaluation.reconstruction import psnr
+from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.posterior import Posterior
+from detok_pipe.pipelines.config import TokenizerConfig, from_json
 from detok_pipe.pipelines.decode import to_float, to_uint8
 from detok_pipe.pipelines.pictures import ImageRow, to_images
+from detok_pipe.pipelines.run_directory import read_config
+from detok_pipe.pipelines.trained import TrainedTokenizer
 from detok_pipe.tokenizer.model import LDeTok
 
 
@@ -50,6 +55,14 @@ class CorruptionStudy:
     def cell(self, level: float, hidden: float) -> Corrupted:
         """The cell of one noise level and mask ratio of the study."""
         return next(c for c in self.cells if (c.level, c.hidden) == (level, hidden))
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, without the images."""
+        cells = [
+            {"noise": c.level, "sigma": c.sigma, "hidden": c.hidden, "psnr": c.psnr}
+            for c in self.cells
+        ]
+        return {"latent std": self.latent_std, "cells": cells}
 
     def rows(self, originals: np.ndarray, *, images: int = 8) -> list[ImageRow]:
         """The originals (n, S, S, 3) uint8 and one row of rebuilt images a cell, with labels."""
@@ -124,6 +137,39 @@ def study_corruption(
                 value = psnr(original, images).mean().item()
                 cells.append(Corrupted(level, sigma, hidden, value, images))
     return CorruptionStudy(latent_std, cells)
+
+
+def study_run(
+    tokenizer: TrainedTokenizer,
+    pixels: np.ndarray,
+    *,
+    levels: Sequence[float],
+    ratios: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> CorruptionStudy:
+    """`study_corruption` of a tokenizer run, with the noise in the form that it was trained on.
+
+    Raises:
+        ConfigError: a level below 0 or a ratio outside [0, 1), or a tokenizer that is no l-DeTok.
+    """
+    if min(levels) < 0 or min(ratios) < 0 or max(ratios) >= 1:
+        raise ConfigError(
+            f"noise levels {list(levels)} must not be negative, and shares of hidden tokens "
+            f"{list(ratios)} must be in [0, 1)"
+        )
+    model = tokenizer.model
+    if not isinstance(model, LDeTok):
+        raise ConfigError(f"{tokenizer.path}: only l-DeTok tokenizers can hide tokens")
+    record = read_config(tokenizer.path, "tokenizer")
+    config = from_json(TokenizerConfig, record["config"], where=str(tokenizer.path))
+    return study_corruption(
+        model,
+        pixels,
+        levels=levels,
+        ratios=ratios,
+        gamma=config.blended_gamma,
+        device=device,
+    )
 
 
 def _numbered(pixels: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:

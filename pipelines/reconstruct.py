@@ -1,7 +1,8 @@
 """How well a tokenizer rebuilds images: scores and pictures."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from detok_pipe.evaluation.features import FeatureExtractor
+from detok_pipe.evaluation.features import FeatureExtractor, load_extractor
 from detok_pipe.evaluation.frechet import FeatureMoments, FrechetReference
 from detok_pipe.evaluation.inception_score import inception_score
 from detok_pipe.evaluation.reconstruction import ReconstructionMetrics, psnr
@@ -23,7 +24,9 @@ from detok_pipe.pipelines.decode import (
     to_uint8,
 )
 from detok_pipe.pipelines.images import ImageSource
+from detok_pipe.pipelines.perceptual import lpips_term
 from detok_pipe.pipelines.pictures import labelled_grid, reconstruction_rows, to_images
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress
 
 BASELINE_IMAGES = 1024
@@ -123,6 +126,42 @@ class _Share:
         self.logits += other.logits
         self.lpips_sum += other.lpips_sum
         self.unreadable += other.unreadable
+
+
+class Measures(TypedDict):
+    """The networks that `evaluate_tokenizer` measures with."""
+
+    extractor: FeatureExtractor | None
+    lpips: nn.Module | None
+
+
+def open_measures(
+    processes: Processes,
+    *,
+    features: str,
+    resolution: int | None = None,
+    lpips: bool = False,
+    weights_dir: Path | None = None,
+) -> Measures:
+    """The networks that a user chose, with their published weights.
+
+    Args:
+        features: a name for `load_extractor`, or "none". resolution: of its input.
+        lpips: whether LPIPS is wanted. weights_dir: where weights are looked for first.
+
+    Raises:
+        WeightsError: weights are not to be had. ConfigError: see `load_extractor`.
+    """
+    device = processes.device
+    with processes.main_first():
+        return {
+            "extractor": None
+            if features == "none"
+            else load_extractor(
+                features, resolution=resolution, weights_dir=weights_dir, device=device
+            ),
+            "lpips": lpips_term(weights_dir=weights_dir).to(device) if lpips else None,
+        }
 
 
 def evaluate_tokenizer(

@@ -44,6 +44,8 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 _CHECKPOINT = "checkpoint.json"
 BestBy = Literal["loss", "score"]
+
+_SCORES = ("FID", "FD-", "val/rFID", "val/rFD-")  # of samples, and of reconstructions
 _LIBRARIES = ("detok-pipe", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -109,7 +111,7 @@ def checkpoint_metrics(path: Path) -> dict[str, float]:
 
 def score_of(metrics: Mapping[str, Any]) -> float | None:
     """The Fréchet distance among some metrics, on Inception's or another network's features."""
-    return next((v for name, v in metrics.items() if name.startswith(("FID", "FD-"))), None)
+    return next((v for name, v in metrics.items() if name.startswith(_SCORES)), None)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from detok_pipe.evaluation.features import load_extractor
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.config import TokenizerConfig
 from detok_pipe.pipelines.corruption_study import study_corruption
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.inspection import Inspection, save_picture
-from detok_pipe.pipelines.perceptual import lpips_term
 from detok_pipe.pipelines.pictures import labelled_grid
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.reconstruct import (
     evaluate_tokenizer,
     evenly_spaced,
     load_squares,
+    open_measures,
     reconstruction_picture,
 )
 from detok_pipe.tokenizer.model import LDeTok
@@ -101,7 +101,7 @@ def _pictures(
                 some,
                 levels=_LEVELS,
                 ratios=_HIDDEN,
-                gamma=config.gamma if config.noise == "interpolative" else 0.0,
+                gamma=config.blended_gamma,
                 device=device,
                 bf16=bf16,
             )
@@ -119,26 +119,21 @@ def _scores(
     images: ImageSource,
     accelerator: Accelerator,
 ) -> Inspection:
-    device = accelerator.device
-    weights_dir = validation.weights_dir
-    extractor = None
-    if validation.features != "none":
-        extractor = load_extractor(
-            validation.features,
-            resolution=validation.resolution,
-            weights_dir=weights_dir,
-            device=device,
-        )
-    lpips = lpips_term(weights_dir=weights_dir).to(device) if validation.lpips else None
+    measures = open_measures(
+        Processes(accelerator),
+        features=validation.features,
+        resolution=validation.resolution,
+        lpips=validation.lpips,
+        weights_dir=validation.weights_dir,
+    )
 
     def score(step: int) -> Mapping[str, float]:
         scores = evaluate_tokenizer(
             model,
             images,
             image_size=config.image_size,
-            extractor=extractor,
-            lpips=lpips,
-            device=device,
+            **measures,
+            device=accelerator.device,
             bf16=config.precision == "bf16",
             limit=validation.limit,
             accelerator=accelerator,

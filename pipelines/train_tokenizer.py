@@ -1,40 +1,27 @@
 """Stage one: train an l-DeTok tokenizer on images, or tune the decoder of a trained one."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
+from detok_pipe.pipelines.accelerators import flushed_denormals
+from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
 from detok_pipe.pipelines.adversary import Adversary, Pairs
-from detok_pipe.pipelines.config import (
-    Execution,
-    TokenizerConfig,
-    duration_in_steps,
-    from_json,
-    to_json,
-)
+from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_steps, from_json
+from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.perceptual import perceptual_term
-from detok_pipe.pipelines.run_directory import latest_checkpoint, read_config
+from detok_pipe.pipelines.run_directory import read_config
+from detok_pipe.pipelines.sharding import checkpoint_activations, compile_blocks
 from detok_pipe.pipelines.tokenizer_inspection import Validation, inspections
 from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
-from detok_pipe.pipelines.training import (
-    Parts,
-    accumulate,
-    ema_decay,
-    fit,
-    flushed_denormals,
-    learning_rate,
-    opened_run,
-    start,
-)
+from detok_pipe.pipelines.training import Parts, start, train
 from detok_pipe.tokenizer.discriminator import PatchDiscriminator
 from detok_pipe.tokenizer.losses import reconstruction_losses
 from detok_pipe.tokenizer.model import LDeTok, parameter_groups
@@ -138,6 +125,8 @@ def train_tokenizer(
         ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit``,
             ``open_run`` and `with_network_of`.
     """
+    if execution.fsdp:
+        raise ConfigError("--fsdp is for generators: a tokenizer's networks fit on one GPU")
     source = open_images(data)
     config = with_network_of(config, finetune)
     accelerator, config = start(config, execution, out)
@@ -153,7 +142,7 @@ def train_tokenizer(
     if finetune is not None:
         inputs["tuned from"] = begin_tuning(model, finetune)
     model.to(device)
-    ema = AveragedModel(model)
+    ema = Ema(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
     )
@@ -175,84 +164,77 @@ def train_tokenizer(
     if adversary is not None:
         parts.models["discriminator"] = adversary.discriminator
         parts.optimizers["discriminator_optimizer"] = adversary.optimizer
+    if execution.activation_checkpointing:
+        checkpoint_activations(model)
     if execution.compile:
-        # Apart, and with sizes left open: the count of visible tokens changes from step to step.
-        model.encoder.compile(dynamic=True)
-        model.decoder.compile(dynamic=True)
+        compile_blocks(model)
     trained = accelerator.prepare_model(model)
+
+    def losses(part: Any, step: int, against: Adversary | None) -> tuple[dict[str, Tensor], Tensor]:
+        output = trained(
+            part.images,
+            Noise(config.seed, part.ids, step=step, device=device),
+            gamma=config.gamma,
+            noise_kind=config.noise,
+            mask_ratio=config.mask_ratio,
+            mask_kind=config.mask,
+        )
+        values = reconstruction_losses(
+            part.images,
+            output.reconstruction,
+            output.posterior,
+            perceptual=perceptual,
+            perceptual_weight=config.perceptual_weight,
+            kl_weight=config.kl_weight,
+            discriminator=against.discriminator if against is not None else None,
+            adversarial_weight=config.adversarial_weight,
+        )
+        return values, output.reconstruction.detach()
+
+    micro_batch = execution.micro_batch
+    if micro_batch == "auto":
+        micro_batch = largest_micro_batch(
+            accelerator, trained, loader, lambda part: losses(part, 0, None)[0]["loss"]
+        )
 
     def update(batch: Any, step: int) -> dict[str, Tensor]:
         against = adversary if adversary is not None and step >= adversary.start else None
         rebuilt: list[Tensor] = []
 
-        def losses(part: Any) -> dict[str, Tensor]:
-            output = trained(
-                part.images,
-                Noise(config.seed, part.ids, step=step, device=device),
-                gamma=config.gamma,
-                noise_kind=config.noise,
-                mask_ratio=config.mask_ratio,
-                mask_kind=config.mask,
-            )
+        def of_slice(part: Any) -> dict[str, Tensor]:
+            values, images = losses(part, step, against)
             if against is not None:
-                rebuilt.append(output.reconstruction.detach())
-            return reconstruction_losses(
-                part.images,
-                output.reconstruction,
-                output.posterior,
-                perceptual=perceptual,
-                perceptual_weight=config.perceptual_weight,
-                kl_weight=config.kl_weight,
-                discriminator=against.discriminator if against is not None else None,
-                adversarial_weight=config.adversarial_weight,
-            )
+                rebuilt.append(images)
+            return values
 
-        values = accumulate(accelerator, trained, batch, execution.micro_batch, losses)
+        values = accumulate(accelerator, trained, batch, micro_batch, of_slice)
         values["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if against is not None:
             pairs = Pairs(batch.images, torch.cat(rebuilt), batch.ids)
-            values |= against.update(pairs, execution.micro_batch)
+            values |= against.update(pairs, micro_batch)
         return values
 
-    record = {
-        "data": {"path": str(data), "images": len(source)},
-        "steps": steps,
-        "parameters": _count(model.parameters()),
-        "command": sys.argv,
-    }
-    with opened_run(
-        accelerator,
+    train(
+        "l-DeTok",
+        config,
+        execution,
         out,
+        accelerator=accelerator,
+        parts=parts,
+        update=update,
+        steps=steps,
         kind="tokenizer",
-        config=to_json(config),
         inputs=inputs,
-        extra=record,
-        keep=execution.keep_checkpoints,
-    ) as run:
-        fit(
-            "l-DeTok",
+        facts={"data": {"path": str(data), "images": len(source)}},
+        inspections=inspections(
+            validation or Validation(),
+            config,
+            ema.module,
+            source,
             accelerator=accelerator,
-            run=run,
-            parts=parts,
-            resume=latest_checkpoint(out),
-            update=update,
-            steps=steps,
-            rate=lambda step: learning_rate(
-                step, steps=steps, peak=config.lr, warmup=config.warmup, schedule="cosine"
-            ),
-            decay=lambda step: ema_decay(step, config.ema, config.ema_warmup),
-            global_batch=config.global_batch,
-            seed=config.seed,
-            execution=execution,
-            inspections=inspections(
-                validation or Validation(),
-                config,
-                ema.module,
-                source,
-                accelerator=accelerator,
-                out=out,
-            ),
-            describe_ids=lambda ids: ", ".join(loader.names(ids)),
-        )
+            out=out,
+        ),
+        describe_ids=lambda ids: ", ".join(loader.names(ids)),
+    )
