@@ -1,6 +1,5 @@
 """Commands that show: ``quickstart`` and ``report``."""
 
-import json
 from pathlib import Path
 
 import click
@@ -61,14 +60,20 @@ def quickstart(
 
 @click.command("report")
 @click.argument("run", type=FOLDER)
-@click.option("--sweep", type=FOLDER, help="Folder of a sweep.  [default: RUN/sweep]")
+@click.option(
+    "--sweep",
+    "sweeps",
+    type=FOLDER,
+    multiple=True,
+    help="Folder of a sweep. May be repeated.  [default: those in RUN]",
+)
 @click.option("--tokenizer", type=FOLDER, help="Decodes the samples; found beside RUN if it fits.")
 @click.option("--out", type=click.Path(path_type=Path), help="Page.  [default: RUN/report.html]")
 @device_option
 @quiet_option
 def report(
     run: Path,
-    sweep: Path | None,
+    sweeps: tuple[Path, ...],
     tokenizer: Path | None,
     out: Path | None,
     device: str | None,
@@ -80,26 +85,12 @@ def report(
     Example:
       detok-pipe report runs/mar-l
     """
-    from detok_pipe.latents.sample_store import open_sample_store
     from detok_pipe.pipelines.devices import resolve_device
-    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
     from detok_pipe.pipelines.report import write_report
-    from detok_pipe.pipelines.report_run import read_run, run_page, with_sweep
-    from detok_pipe.pipelines.sweep import SWEEP, search_path
-    from detok_pipe.pipelines.sweep_output import scale_grid
+    from detok_pipe.pipelines.report_facts import gather_run
+    from detok_pipe.pipelines.report_run import run_page
 
-    facts = read_run(run)
-    folder = sweep or run / "sweep"
-    if (folder / SWEEP).exists():
-        result = json.loads((folder / SWEEP).read_text())
-        found = find_tokenizer(
-            facts.record["inputs"]["tokenizer"], run, tokenizer, device=resolve_device(device)
-        )
-        stores = [
-            (scale, open_sample_store(search_path(folder, scale)))
-            for scale in result["plan"]["scales"]
-        ]
-        facts = with_sweep(facts, run, result, scale_grid(stores, found))
+    facts = gather_run(run, sweeps=sweeps, tokenizer=tokenizer, device=resolve_device(device))
     path = write_report(out or run / "report.html", run_page(facts))
     if not quiet:
         click.echo(f"{path}: open it in a browser")

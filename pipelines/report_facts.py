@@ -1,0 +1,213 @@
+"""What the page of a run is made of: gathered from its directory, its pictures and its sweeps."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.sample_store import open_sample_store
+from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+from detok_pipe.pipelines.inspection import samples_folder
+from detok_pipe.pipelines.pictures import ImageRow
+from detok_pipe.pipelines.plots import Curve, Metric, curves_from_metrics
+from detok_pipe.pipelines.report_parts import ScoreRow
+from detok_pipe.pipelines.run_directory import read_config, read_metrics
+from detok_pipe.pipelines.sweep import SWEEP, search_path
+from detok_pipe.pipelines.sweep_output import measured, scale_grid, sweep_metrics
+
+
+@dataclass(frozen=True)
+class SweepFacts:
+    """One guidance sweep of a run. Each has plots and tables of its own.
+
+    Attributes:
+        name: of its folder.
+        result: what ``sweep.json`` holds.
+        rows: samples by scale.
+        command: the exact command that makes it again.
+    """
+
+    name: str
+    result: Mapping[str, Any]
+    rows: Sequence[ImageRow]
+    command: str
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """What was measured, the deciding metric first."""
+        return sweep_metrics(self.result)
+
+    @property
+    def scores(self) -> list[ScoreRow]:
+        """The final scores, that at the best scale first."""
+        rows = []
+        for record in self.result["final"]:
+            settings = record["settings"]
+            scale = settings["samples"]["sampling"]["guidance_scale"]
+            metrics = measured(record["metrics"])
+            rows.append(ScoreRow(f"guidance scale {scale:g}", settings["count"], metrics))
+        return rows
+
+    @property
+    def notes(self) -> list[str]:
+        """What limits the final scores, a sentence each."""
+        return list(dict.fromkeys(n for record in self.result["final"] for n in record["notes"]))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything on the page of a run. What has not been done yet stays empty.
+
+    Attributes:
+        record: the run's ``config.json``.
+        curves: training losses. speed: images a second by step.
+        pictures: what was drawn while it trained: kind -> a row a step.
+        sweeps: its guidance sweeps; the first is the one that the page begins with.
+        train: the exact command that makes the run again ("": not recorded).
+        report: the command that makes this page again.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    curves: Sequence[Curve] = ()
+    speed: Sequence[Curve] = ()
+    pictures: Mapping[str, Sequence[ImageRow]] = field(default_factory=dict)
+    sweeps: Sequence[SweepFacts] = ()
+    train: str = ""
+    report: str = ""
+    footer: str = ""
+
+
+def gather_run(
+    run: Path,
+    *,
+    sweeps: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> RunFacts:
+    """What a run directory and its sweeps tell.
+
+    Args:
+        sweeps: folders of sweeps; by default those in the run directory, "sweep" first.
+        tokenizer: decodes samples; by default one beside the run that fits.
+
+    Raises:
+        CheckpointError: it is no generator run.
+        InputError: a folder holds no sweep, or a picture is damaged.
+        ConfigError, CacheError: no tokenizer fits, or a sweep's samples are missing.
+    """
+    record = read_config(run, "generator")
+    records = read_metrics(run)
+    train = record.get("command") or []
+    found = list(sweeps) or sorted(
+        (path.parent for path in run.glob(f"*/{SWEEP}")), key=lambda p: (p.name != "sweep", p.name)
+    )
+    report = ["detok-pipe", "report", str(run)]
+    for sweep in sweeps:
+        report += ["--sweep", str(sweep)]
+    return RunFacts(
+        name=run.resolve().name,
+        record=record,
+        curves=curves_from_metrics(str(record["config"].get("generator", run.name)), records),
+        speed=curves_from_metrics("images a second", records, ["images_per_second"]),
+        pictures=training_pictures(run),
+        sweeps=_read_sweeps(found, run, record, tokenizer, device) if found else (),
+        train=shlex.join(["detok-pipe", *map(str, train[1:])]) if train else "",
+        report=shlex.join(report),
+        footer=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    )
+
+
+def _read_sweeps(
+    folders: Sequence[Path],
+    run: Path,
+    record: Mapping[str, Any],
+    tokenizer: Path | None,
+    device: torch.device | str,
+) -> list[SweepFacts]:
+    decoder = find_tokenizer(record["inputs"]["tokenizer"], run, tokenizer, device=device)
+    sweeps = []
+    for folder in folders:
+        try:
+            result = json.loads((folder / SWEEP).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no finished sweep: {error}") from error
+        stores = [
+            (scale, open_sample_store(search_path(folder, scale)))
+            for scale in result["plan"]["scales"]
+        ]
+        rows = scale_grid(stores, decoder)
+        command = sweep_command(run, folder, result)
+        sweeps.append(SweepFacts(folder.resolve().name, result, rows, command))
+    return sweeps
+
+
+def training_pictures(run: Path, *, most: int = 6) -> dict[str, list[ImageRow]]:
+    """Pictures that were drawn while a run trained, by kind, ``most`` evenly spaced steps of each.
+
+    Raises:
+        InputError: a file is no image; it is named.
+    """
+    kinds: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(samples_folder(run).glob("step-*.png")):
+        match = re.fullmatch(r"step-(\d+)-?(.*)", path.stem)
+        if match:
+            kinds.setdefault(match[2] or "samples", []).append((int(match[1]), path))
+    rows: dict[str, list[ImageRow]] = {}
+    for kind, steps in kinds.items():
+        count = min(most, len(steps))
+        chosen = [steps[len(steps) * (i + 1) // count - 1] for i in range(count)]
+        rows[kind] = [ImageRow(f"step {step:,}", [(_picture(path),)]) for step, path in chosen]
+    return rows
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise InputError(f"{path} is no whole image; remove it: {error}") from error
+
+
+def sweep_command(run: Path, out: Path, result: Mapping[str, Any]) -> str:
+    """The command that makes the sweep ``out`` again, with every option that matters."""
+    plan, network = result["plan"], result["settings"]["network"]["name"]
+    sampling, unguided = plan["sampling"], plan["unguided"]
+    low, high = sampling["guidance_interval"]
+    is_inception = "@" not in network
+    options: dict[str, Any] = {
+        "--out": out,
+        "--ref": result["reference"],
+        "--tokenizer": result["tokenizer"],
+        "--scales": ",".join(f"{scale:g}" for scale in plan["scales"]),
+        "--num": plan["count"],
+        "--final-num": plan["final_count"],
+        "--search": plan["search"],
+        "--seed": plan["seed"],
+        "--precision": plan["precision"],
+        "--schedule": sampling["guidance_schedule"],
+        "--guided-channels": sampling["guided_channels"],
+        "--temperature": sampling["temperature"],
+        "--unguided-temperature": unguided["temperature"],
+        "--clip": sampling["clip"],
+        "--steps": sampling["steps"],
+        "--num-iter": sampling["iterations"],
+        "--method": sampling["method"],
+        "--features": "inception" if is_inception else "efficientnet-lite2",
+        "--resolution": None if is_inception else network.rpartition("@")[2],
+    }
+    words = ["detok-pipe", "sweep-cfg", str(run)]
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    words += ["--interval", str(low), str(high)]
+    if not result["generator"].get("ema", True):
+        words.append("--no-ema")
+    return shlex.join(words)
