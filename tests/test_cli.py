@@ -17,6 +17,7 @@ TINY_TOKENIZER = [
     "encoder=16,1,2",
     "decoder=16,1,2",
     "perceptual=none",
+    "adversarial_start=null",
     "duration=3steps",
     "global_batch=4",
     "precision=fp32",

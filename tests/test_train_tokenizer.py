@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detok_pipe.latents.errors import ConfigError, Interrupted, MismatchError, NonFiniteError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines import train_tokenizer as trainer
+from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.adversary import Adversary, Pairs
 from detok_pipe.pipelines.config import Execution, TokenizerConfig
 from detok_pipe.pipelines.image_loader import ImageLoader
@@ -27,7 +28,6 @@ from detok_pipe.pipelines.run_directory import (
 from detok_pipe.pipelines.tokenizer_inspection import Validation
 from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer
 from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
-from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.tokenizer.discriminator import PatchDiscriminator
 from detok_pipe.tokenizer.losses import discriminator_losses, reconstruction_losses
 
