@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ def largest_micro_batch(
     Raises:
         ConfigError: not even one row fits, or the model is sharded.
     """
-    if accelerator.state.fsdp_plugin is not None:
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError(
             "--micro-batch auto cannot try sizes of a sharded model: with --fsdp give a number"
         )

@@ -8,7 +8,7 @@ Checkpoints hold whole tensors whatever the sharding, so a run may go on without
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -52,9 +52,9 @@ def prepared(
     Raises:
         ConfigError: sharding was asked for, and Accelerate did not shard.
     """
-    plugin = accelerator.state.fsdp_plugin
-    if plugin is None:
+    if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare_model(model)
+    plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks(model)})
     trained, _ = accelerator.prepare(model, optimizer)
