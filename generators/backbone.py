@@ -198,8 +198,8 @@ class Backbone(nn.Module):
         out = self.network(torch.cat((x, x[at])), torch.cat((time, time[at])), label)
         out, null = out[: len(x)], out[len(x) :]
         scale = _on_device(scales[rows], x.device).view(-1, 1, 1)
-        guided = combine(out[at], null, scale, guided_channels)
-        return guided if every else out.index_copy(0, at, guided)
+        out[at] = combine(out[at], null, scale, guided_channels)
+        return out
 
     def training_times(self, noise: AnyNoise) -> Tensor:
         """t (B,) in the model's own unit, from the noise named "t"."""

@@ -66,7 +66,12 @@ sampling_options = together(
         "generators that were trained briefly need it (4).",
     ),
     click.option("--steps", type=click.IntRange(1), help="Steps of diffusion or ODE."),
-    click.option("--iterations", type=click.IntRange(1), help="MAR: steps that reveal tokens."),
+    click.option(
+        "--num-iter",
+        "iterations",
+        type=click.IntRange(1),
+        help="MAR: iterations that reveal tokens (64; the published final scores take 256).",
+    ),
     click.option("--method", type=click.Choice(["euler", "dopri5"]), help="SiT: ODE solver."),
 )
 generator_options = together(
@@ -79,6 +84,12 @@ generator_options = together(
         default="auto",
         show_default=True,
         help="Of the generator; auto is bf16 where that is faster.",
+    ),
+    click.option(
+        "--compile",
+        "compiled",
+        is_flag=True,
+        help="Compile the sampler first (about a minute): worth it for thousands of samples.",
     ),
     batch_size_option,
 )

@@ -1,7 +1,8 @@
 """Commands that sample and score: ``sample``, ``score``, ``sweep-cfg``."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from detok_pipe.generators.sampling import Sampling
     from detok_pipe.pipelines.trained import TrainedGenerator
 
+Number = TypeVar("Number", int, float)
+
 
 def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any) -> "Sampling":
     from detok_pipe.pipelines.sample import sampling_of
@@ -54,9 +57,10 @@ def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any)
 @click.option("--cfg", type=float, help="Guidance scale. Default: the generator's published one.")
 @click.option("--first", type=click.IntRange(0), default=0, help="First sample number.")
 @click.option(
-    "--class", "classes", type=int, multiple=True, help="Only this class number. May be repeated."
+    "--classes", help="Class numbers with commas, gone through in turn: 207,360. Default: all."
 )
 @out_option("Sample store; the same command again goes on where it stopped.")
+@tokenizer_option(required=False)
 @sampling_options
 @generator_options
 @seed_option
@@ -65,33 +69,53 @@ def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any)
 def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> None:
     """Draw latents from the generator RUN into a sample store.
 
+    Sample i is of class CLASSES[i mod their count]. With the tokenizer, which is looked for beside
+    RUN, the first samples are drawn as a picture, OUT/preview.png.
+
     \b
     Example:
       detok-pipe sample runs/mar-l --num 50000 --cfg 3.4 --out samples
+      detok-pipe sample runs/mar-l -n 16 --classes 207,360 --num-iter 256 --out dogs-and-otters
       torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli \\
         sample runs/mar-l -n 50000 --cfg 3.4 --out samples
     """
+    from detok_pipe.latents.errors import ConfigError
+    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+    from detok_pipe.pipelines.preview import write_preview
     from detok_pipe.pipelines.sample import sample as draw
-    from detok_pipe.pipelines.trained import load_generator
+    from detok_pipe.pipelines.trained import check_tokenizer_fits, load_generator
 
     processes = open_processes(values["device"])
     generator = load_generator(run, device=processes.device, ema=values["ema"])
-    draw(
+    fingerprint, named = generator.identity["tokenizer"], values["tokenizer"]
+    tokenizer, missing = None, ""
+    try:
+        tokenizer = find_tokenizer(fingerprint, run, named, device=processes.device)
+    except ConfigError as error:
+        missing = str(error)
+    if tokenizer is not None:
+        check_tokenizer_fits(tokenizer, {"fingerprint": fingerprint}, f"the latents of {run}")
+    store = draw(
         generator,
         out,
         count=num,
         sampling=_sampling(generator, cfg, **values),
         seed=values["seed"],
         first=values["first"],
-        classes=values["classes"] or None,
+        classes=_numbers("--classes", values["classes"], int, "207,360"),
         batch_size=values["batch_size"],
         precision=values["precision"],
+        compiled=values["compiled"],
         processes=processes,
         quiet=values["quiet"],
     )
     processes.wait()
     if processes.is_main:
         click.echo(f"{num:,} samples in {out}")
+        if tokenizer is None:
+            click.echo(f"no preview: {missing}", err=True)
+        else:
+            click.echo(f"preview: {write_preview(store, tokenizer)}")
 
 
 @click.command("score")
@@ -191,7 +215,7 @@ def sweep_cfg(run: Path, **values: Any) -> None:
     extractor = open_extractor(processes, **values)
     plan = plan_for(
         generator,
-        scales=_scales(values["scales"]),
+        scales=_numbers("--scales", values["scales"], float, "3,3.5,4"),
         sampling=_sampling(generator, None, **values),
         unguided_temperature=values["unguided_temperature"],
         count=values["num"],
@@ -210,6 +234,7 @@ def sweep_cfg(run: Path, **values: Any) -> None:
         reference,
         out,
         processes=processes,
+        compiled=values["compiled"],
         quiet=values["quiet"],
     )
     if processes.is_main:
@@ -221,10 +246,13 @@ def sweep_cfg(run: Path, **values: Any) -> None:
             click.echo(f"warning: {warning}", err=True)
 
 
-def _scales(text: str | None) -> list[float] | None:
+def _numbers(
+    option: str, text: str | None, number: Callable[[str], Number], example: str
+) -> list[Number] | None:
+    """The numbers of an option that takes several, with commas; None where it was not given."""
     from detok_pipe.latents.errors import ConfigError
 
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
+        return None if text is None else [number(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--scales {text}: write numbers with commas, as 3,3.5,4") from None
+        raise ConfigError(f"{option} {text}: write numbers with commas, as {example}") from None

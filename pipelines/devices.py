@@ -1,6 +1,8 @@
 """Which device computes, and in which precision: as asked for, checked, or the best here."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,3 +39,22 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("amx_bf16") else "fp32"
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Where compiled networks run: a failure to compile becomes an error that says what to do.
+
+    Raises:
+        ConfigError: torch.compile failed; names the reason.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"--compile does not work here: {reason}. It needs a C++ compiler on a CPU and Triton "
+            "on a GPU; leave it out to go on without"
+        ) from error

@@ -159,6 +159,7 @@ class _Work:
         out: Path,
         *,
         processes: Processes,
+        compiled: bool,
         quiet: bool,
     ) -> None:
         self.plan = plan
@@ -168,6 +169,7 @@ class _Work:
         self.reference = reference
         self.out = out
         self.processes = processes
+        self.compiled = compiled
         self.quiet = quiet
         self.real = real_features(
             reference, extractor, batch_size=plan.batch_size, processes=processes
@@ -206,6 +208,7 @@ class _Work:
             precision=plan.precision,
             processes=self.processes,
             name=f"sample {what}",
+            compiled=self.compiled,
             quiet=self.quiet,
         )
         scores, record = score(
@@ -240,9 +243,13 @@ def sweep(
     out: Path,
     *,
     processes: Processes | None = None,
+    compiled: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run a sweep, or what is missing of it, and write ``out/sweep.json``.
+
+    Args:
+        compiled: see ``sample``.
 
     Returns:
         What ``sweep.json`` holds: "rungs" (by rung: count and, by scale, metrics, difference to
@@ -262,7 +269,15 @@ def sweep(
             f"{4 * (extractor.dimensions + 1)} samples a scale, or a grid"
         )
     work = _Work(
-        plan, generator, tokenizer, extractor, reference, out, processes=processes, quiet=quiet
+        plan,
+        generator,
+        tokenizer,
+        extractor,
+        reference,
+        out,
+        processes=processes,
+        compiled=compiled,
+        quiet=quiet,
     )
     records: dict[tuple[float, int], dict[str, Any]] = {}
 

@@ -1,6 +1,7 @@
 """The commands that sample and score, as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_sample_score_export(
     samples, reference = tmp_path / "samples", runs / "reference.npz"
     arguments = ("sample", runs / "gen", "--num", 24, "--cfg", 2, "--out", samples, *QUICK)
     assert run(*arguments) == 0
+    assert f"preview: {samples / 'preview.png'}" in capsys.readouterr().out
     assert run(*arguments) == 0
     store = open_sample_store(samples)
     assert store.complete
@@ -58,6 +60,47 @@ def test_sample_score_export(
     assert run("score", samples, "--ref", tmp_path / "s-stats.npz", *NETWORK) == 0
     value = json.loads((samples / "scores.jsonl").read_text().splitlines()[1])["metrics"]
     assert abs(value["FD-EffLite2@32"]["value"]) < 1e-3
+
+
+def test_sampling_options_reach_the_record(runs: Path, tmp_path: Path) -> None:
+    """Every option of sampling by its name on the command line."""
+    out = tmp_path / "samples"
+    options = (
+        *("--cfg", 2.5, "--schedule", "linear", "--interval", 0.25, 0.75, "--guided-channels", 3),
+        *("--temperature", 1, "--clip", 4, "--steps", 3, "--num-iter", 8, "--method", "euler"),
+    )
+    more = ("--classes", "1,0", "--first", 3, "--seed", 5, "--precision", "fp32", "--no-ema")
+    assert run("sample", runs / "gen", "-n", 2, "--out", out, "-q", *options, *more) == 0
+    identity = open_sample_store(out).identity
+    assert identity["sampling"] == {
+        "guidance_scale": 2.5,
+        "guidance_schedule": "linear",
+        "guidance_interval": [0.25, 0.75],
+        "guided_channels": 3,
+        "temperature": 1.0,
+        "clip": 4.0,
+        "steps": 3,
+        "iterations": 8,
+        "method": "euler",
+    }
+    expected = {"classes": [1, 0], "first": 3, "seed": 5, "dtype": "fp32", "ema": False}
+    assert {key: identity[key] for key in expected} == expected
+
+
+def test_sample_without_its_tokenizer(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No preview, and a line that says why; a named tokenizer that does not fit is an error."""
+    generator = tmp_path / "alone" / "gen"
+    shutil.copytree(runs / "gen", generator)
+    out = tmp_path / "samples"
+    assert run("sample", generator, "-n", 2, "--out", out, *QUICK) == 0
+    assert "no preview: no tokenizer in" in capsys.readouterr().err
+    assert not (out / "preview.png").exists()
+    wrong = ("--tokenizer", runs / "other")
+    assert run("sample", generator, "-n", 2, "--out", tmp_path / "x", *QUICK, *wrong) == 2
+    assert "does not belong" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_sweep(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +134,8 @@ def test_errors_say_what_to_do(
             ("score", samples, "--ref", reference, "--features", "efficientnet-lite2"),
             "FD-EffLite2@32, and the features are FD-EffLite2@260's",
         ),
+        (("sample", runs / "gen", "-n", 4, "--out", tmp_path / "x", "--classes", "a"), "207,360"),
+        (("sample", runs / "gen", "-n", 4, "--out", tmp_path / "x", "--classes", "2"), "2 classes"),
         (
             ("sweep-cfg", runs / "gen", "--ref", reference, "--scales", "1,x", *NETWORK),
             "write numbers with commas",

@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from score_making import QUICK, Rank, tiny_generator
+from PIL import Image
+from score_making import MODEL, QUICK, Rank, tiny_generator, tiny_tokenizer
 
+from detok_pipe.generators.backbone import LabelEmbedding
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError, MismatchError, NonFiniteError
+from detok_pipe.pipelines.preview import write_preview
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
 
 
@@ -74,6 +77,46 @@ def test_other_settings_are_another_store(tmp_path: Path) -> None:
         sample(tiny_generator(tmp_path), out, count=4, sampling=Sampling(), quiet=True)
     with pytest.raises(MismatchError, match="seed"):
         sample(tiny_generator(tmp_path), out, seed=3, **settings)
+
+
+def test_weights_are_cast_once_and_states_stay_fp32(tmp_path: Path) -> None:
+    """bf16: near the samples of fp32, and the caller's network is left as it was."""
+    generator = tiny_generator(tmp_path)
+    settings = {"count": 8, "sampling": QUICK, "quiet": True}
+    exact, low = (
+        sample(generator, tmp_path / precision, precision=precision, **settings)
+        .read(0, 8)
+        .astype(float)
+        for precision in ("fp32", "bf16")
+    )
+    assert all(p.dtype == torch.float32 for p in generator.model.parameters())
+    assert 0 < np.linalg.norm(low - exact) < 0.02 * np.linalg.norm(exact)
+
+
+def test_compiled_samples_are_the_same(tmp_path: Path) -> None:
+    settings = {"count": 3, "sampling": QUICK, "precision": "fp32", "quiet": True}
+    plain = sample(tiny_generator(tmp_path), tmp_path / "a", **settings)
+    compiled = sample(tiny_generator(tmp_path), tmp_path / "b", compiled=True, **settings)
+    np.testing.assert_allclose(compiled.read(0, 3), plain.read(0, 3), atol=2e-3)
+
+
+def test_preview(tmp_path: Path) -> None:
+    """Few classes stand in rows of their own, many in the order of the samples."""
+    generator, tokenizer = tiny_generator(tmp_path), tiny_tokenizer()
+    generator.record["latents"]["num_classes"] = 10
+    generator.model.y_embedder = LabelEmbedding(10, MODEL["width"])
+    sizes = {}
+    for name, classes in (("few", [0, 2]), ("many", list(range(10)))):
+        store = sample(
+            generator, tmp_path / name, count=11, classes=classes, sampling=QUICK, quiet=True
+        )
+        picture = write_preview(store, tokenizer)
+        assert picture == tmp_path / name / "preview.png"
+        with Image.open(picture) as image:
+            sizes[name] = image.size
+    # Two rows both times: of 6 and 5 samples of a class; of 8 and 3 samples in order.
+    assert sizes["few"][1] == sizes["many"][1]
+    assert sizes["few"][0] < sizes["many"][0]
 
 
 def test_labels_are_balanced_and_those_trained_on(tmp_path: Path) -> None:
