@@ -6,9 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.config import TokenizerConfig
-from detok_pipe.tokenizer.discriminator import PatchDiscriminator
+from detok_pipe.tokenizer.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from detok_pipe.tokenizer.losses import discriminator_losses
 from detok_pipe.tokenizer.model import parameter_groups
 
@@ -40,12 +41,20 @@ class Adversary:
     Each process, and each micro-batch, normalises by the statistics of its own images, so with
     it a training depends (slightly) on how many there are.
 
+    Raises:
+        ConfigError: images that are too small for it.
+
     Attributes:
         start: the first step (from 0) in which it takes part; until then it is not run at all.
         discriminator: scores images in [0, 1]. optimizer: of its weights.
     """
 
     def __init__(self, config: TokenizerConfig, start: int, accelerator: Accelerator) -> None:
+        if config.image_size < SMALLEST_IMAGE:
+            raise ConfigError(
+                f"the discriminator needs images of {SMALLEST_IMAGE} pixels and more: with "
+                f"image_size {config.image_size} set adversarial_start=null"
+            )
         self.start = start
         self.discriminator = PatchDiscriminator().to(accelerator.device)
         self.optimizer = torch.optim.AdamW(

@@ -109,11 +109,6 @@ class TokenizerConfig:
         _check(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), and is {self.mask_ratio}")
         if self.adversarial_start is not None:
             duration_in_steps(self.adversarial_start, images=1, global_batch=1)
-            _check(
-                self.image_size >= 32,
-                f"the discriminator needs images of 32 pixels and more: image_size "
-                f"{self.image_size} takes adversarial_start=null",
-            )
         _check_recipe(self)
 
     @property

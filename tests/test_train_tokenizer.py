@@ -283,6 +283,13 @@ def test_looking_at_a_training_leaves_no_trace(images, tmp_path, finished) -> No
     assert len(list((finished / "samples").iterdir())) == 2
 
 
+def test_images_too_small_for_the_discriminator_are_refused(images, tmp_path) -> None:
+    small = dataclasses.replace(ADVERSARIAL, image_size=16)
+    with pytest.raises(ConfigError, match="image_size 16 set adversarial_start=null"):
+        train_tokenizer(small, images, tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
 def tuning(**changes) -> TokenizerConfig:
     """A recipe for the decoder alone; its network is not that of the runs here."""
     return dataclasses.replace(

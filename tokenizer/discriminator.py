@@ -2,6 +2,9 @@
 
 from torch import Tensor, nn
 
+SMALLEST_IMAGE = 32
+"""Side in pixels below which the default layers leave no score."""
+
 
 class PatchDiscriminator(nn.Module):
     """Strided 4 x 4 convolutions with BatchNorm and LeakyReLU(0.2).
@@ -31,7 +34,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1], sides of at least 32 -> scores (B, 1, h, w), real is higher."""
+        """Images (B, 3, H, W) in [0, 1] -> scores (B, 1, h, w), higher for real ones."""
         return self.main(images)
 
 
