@@ -1,5 +1,6 @@
 """Options that both trainers share, and what their values become."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -7,70 +8,97 @@ from typing import Any
 import click
 
 from detok_pipe.pipelines.cli_options import (
-    Command,
     device_option,
     dry_run_option,
     quiet_option,
     set_option,
+    together,
 )
 
 
-def execution_options(function: Command) -> Command:
-    """Options of how a run is carried out, the same for both trainers."""
-    options = [
-        click.option(
-            "--micro-batch",
-            type=click.IntRange(1),
-            help="Rows a process computes at once; gradients add up to the global batch.",
-        ),
-        click.option(
-            "--checkpoint-every",
-            type=click.IntRange(1),
-            default=1000,
-            show_default=True,
-            help="Steps between checkpoints.",
-        ),
-        click.option(
-            "--log-every",
-            type=click.IntRange(1),
-            default=20,
-            show_default=True,
-            help="Steps between lines of metrics.jsonl.",
-        ),
-        click.option("--compile", "compile_", is_flag=True, help="Use torch.compile."),
-        click.option(
-            "--tracker",
-            "trackers",
-            multiple=True,
-            default=["tensorboard"],
-            show_default=True,
-            help="Accelerate tracker (tensorboard, wandb, ...). May be repeated.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), help="Seed; the preset's is 0. Same as --set seed=N."
-        ),
-        device_option,
-        quiet_option,
-        set_option,
-        dry_run_option,
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+class MicroBatch(click.ParamType):
+    """A number of rows, or "auto"."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
+execution_options = together(
+    click.option(
+        "--micro-batch",
+        type=MicroBatch(),
+        help="Rows a process computes at once, or auto: as many as its memory takes. Gradients add "
+        "up to the global batch.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        type=click.IntRange(1),
+        default=1000,
+        show_default=True,
+        help="Steps between checkpoints.",
+    ),
+    click.option(
+        "--keep",
+        "keep_checkpoints",
+        type=click.IntRange(1),
+        default=2,
+        show_default=True,
+        help="The newest N checkpoints stay.",
+    ),
+    click.option(
+        "--keep-every",
+        type=click.IntRange(1),
+        help="So do those of each N steps, a multiple of --checkpoint-every.",
+    ),
+    click.option(
+        "--keep-best",
+        type=click.Choice(["loss", "score"]),
+        help="So does the one with the lowest loss, or Fréchet distance where that is measured.",
+    ),
+    click.option(
+        "--extend",
+        is_flag=True,
+        help="Go on with a run beyond the duration it was started with: give the longer one, by "
+        "--set duration=...",
+    ),
+    click.option(
+        "--log-every",
+        type=click.IntRange(1),
+        default=20,
+        show_default=True,
+        help="Steps between lines of metrics.jsonl.",
+    ),
+    click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
+    click.option(
+        "--tracker",
+        "trackers",
+        multiple=True,
+        default=["tensorboard"],
+        show_default=True,
+        help="Accelerate tracker (tensorboard, wandb, ...), or none. May be repeated.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0), help="Seed; the preset's is 0. Same as --set seed=N."
+    ),
+    device_option,
+    quiet_option,
+    set_option,
+    dry_run_option,
+)
+"""Options of how a run is carried out, the same for both trainers."""
 
 
 def execution(values: dict[str, Any]) -> Any:
+    """The `Execution` that the options' values say."""
     from detok_pipe.pipelines.config import Execution
 
-    return Execution(
-        device=values["device"],
-        micro_batch=values["micro_batch"],
-        log_every=values["log_every"],
-        checkpoint_every=values["checkpoint_every"],
-        compile=values["compile_"],
-        trackers=tuple(values["trackers"]),
-        quiet=values["quiet"],
-    )
+    trackers = tuple(name for name in values["trackers"] if name != "none")
+    known = {field.name for field in dataclasses.fields(Execution)}
+    return Execution(**{k: v for k, v in values.items() if k in known} | {"trackers": trackers})
 
 
 def resolved(preset: Callable[[str], Any], name: str, values: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from detok_pipe.pipelines.stored_features import decode_latents
 from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
 
 _CLASSES, _COLUMNS, _SIDE = 8, 8, 96
+_SAMPLER: dict[str, Any] = {"steps": 50, "method": "euler", "clip": 5.0}
 _TOO_EARLY = 0.05
 
 
@@ -49,7 +50,6 @@ class Preview:
         count: samples to score.
         features: network of the Fréchet distance. resolution: of efficientnet-lite2's input.
         weights_dir: where published weights lie.
-        iterations, steps, method, clip: of the sampler; see `Sampling`.
     """
 
     sample_every: int | None = None
@@ -60,10 +60,6 @@ class Preview:
     features: str = "efficientnet-lite2"
     resolution: int | None = None
     weights_dir: Path | None = None
-    iterations: int = 64
-    steps: int = 50
-    method: str = "euler"
-    clip: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("sample_every", "score_every", "count"):
@@ -110,7 +106,7 @@ def inspections(
             raise
         say(f"no sample grids: {error}", quiet=not processes.is_main)
         return []
-    sampler = _Sampler(preview, config, cache, averaged, record, out)
+    sampler = _Sampler(config, cache, averaged, record, out)
     found = []
     if preview.sample_every is not None:
         found.append(_grids(preview.sample_every, sampler, tokenizer, accelerator))
@@ -124,7 +120,6 @@ class _Sampler:
 
     def __init__(
         self,
-        preview: Preview,
         config: GeneratorConfig,
         cache: LatentCache,
         averaged: Callable[[], nn.Module],
@@ -133,7 +128,6 @@ class _Sampler:
     ) -> None:
         self.cache = cache
         self.out = out
-        self._preview = preview
         self._config = config
         self._averaged = averaged
         self._record = dict(record)
@@ -168,20 +162,13 @@ class _Sampler:
         classes: Sequence[int] | None = None,
     ) -> Iterator[SampleStore]:
         """A store of ``count`` samples, which is gone afterwards."""
-        preview = self._preview
         folder = samples_folder(self.out) / ".drawn"
         processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         yield sample(
             generator,
             folder,
             count=count,
-            sampling=sampling_of(
-                generator,
-                iterations=preview.iterations,
-                steps=preview.steps,
-                method=preview.method,
-                clip=preview.clip,
-            ),
+            sampling=sampling_of(generator, **_SAMPLER),
             classes=classes,
             precision=self._config.precision,
             processes=processes,
