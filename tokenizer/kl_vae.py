@@ -33,7 +33,7 @@ class KLVAE(Tokenizer):
     def __init__(self, *, image_size: int = 256, **network: Any) -> None:
         super().__init__()
         try:
-            vae = AutoencoderKL(**network)
+            vae: Any = AutoencoderKL(**network)
         except (TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"no AutoencoderKL has these options: {error}") from error
         factor = 2 ** (len(vae.config.block_out_channels) - 1)

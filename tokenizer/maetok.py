@@ -36,7 +36,8 @@ class _Transformer(nn.Module):
         self, name: str, image_size: int, patch_size: int, latent_tokens: int, *, rotary: bool
     ) -> None:
         super().__init__()
-        self.model = _vit(name, image_size, patch_size)
+        # Any: timm declares the class token and positions as optional, which `_vit` rules out.
+        self.model: Any = _vit(name, image_size, patch_size)
         width = self.model.embed_dim
         side = image_size // patch_size
         self.patches = side * side
