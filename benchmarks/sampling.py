@@ -1,28 +1,37 @@
 """Sampling speed against a plain reading of the papers, in one run.
 
-    python benchmarks/sampling.py                       # all generators, small, CPU fp32
-    python benchmarks/sampling.py mar-b random-ar-b --size published --batch 8
-    python benchmarks/sampling.py mar-b --size published --device cuda --dtype bf16 --batch 256
+    python benchmarks/sampling.py                            # all six, small, CPU, fp32
+    python benchmarks/sampling.py mar-b --dtype bf16         # CPUs with AMX
+    python benchmarks/sampling.py --size base                # MAR-B and RandomAR-B, minutes
+    python benchmarks/sampling.py --size large --device cuda --compile
 
 For each generator: images/s of the package and of the plain loop below with the same weights and
-noise, their ratio, for autoregressive models also the ratio without the diffusion head, and the
-largest difference relative to the largest value. The plain loops compute everything again at each
-step, with both guidance halves all the way; they run under autocast where --dtype is bf16. The
-roofline is the time that the package's multiplications would take at the rate of a large matrix
-product on the same device.
+noise, their ratio, for models with a diffusion head also the ratio of the rest (the transformer),
+and the largest difference relative to the largest value. The plain loops compute everything again
+at each step, with both guidance halves all the way; under bf16 they run in autocast, with its
+cache of cast weights. The roofline is the share of the package's time that its multiplications
+would take at the rate of a large matrix product on the same device.
+
+On a CPU at size base, the plain autoregressive loop would take the better part of an hour.
+There its step is timed at some positions, on the package's own tokens, and its sum follows by
+interpolation: a step's cost is a constant, a part that grows with the position, and a small part
+that grows with its square. MAR takes 8 iterations and 2 images there.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,19 +43,21 @@ from detok_pipe.generators.dit import DiT
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.head import HeadNet, HeadSampler
 from detok_pipe.generators.mar import MAR, reveal_counts
-from detok_pipe.generators.registry import build_generator, default_sampling
+from detok_pipe.generators.registry import FAMILIES, build_generator, default_sampling
 from detok_pipe.generators.sampling import Sampling
-from detok_pipe.generators.sit import FlowTransformer
+from detok_pipe.generators.sit import SiT
+from detok_pipe.generators.token_generator import TokenGenerator, pick
 from detok_pipe.latents.noise import Noise
 
 Sampler = Callable[[Any, Tensor, Sampling, Noise], Tensor]
 
 SMALL = {"width": 192, "depth": 4, "heads": 6}
 SMALL_HEAD = {"head_width": 256, "head_depth": 3}
+POSITIONS = 5  # at which the plain autoregressive step is timed, the first and the last included
 
 
 class Clock:
-    """Seconds spent inside one function, with the device's work included."""
+    """Seconds spent inside the functions that it watches, with the device's work included."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -104,24 +115,26 @@ def plain_head(net: HeadNet, condition: Tensor, draws: Tensor, scale: float, hea
     return plain_chain(lambda x, t: net(x, t, condition), "cosine", draws, scale, heat)
 
 
+def plain_labels(model: TokenGenerator, condition: Tensor) -> Tensor:
+    """Class embeddings of the conditional rows, then of as many null rows."""
+    null = model.fake_latent.expand(len(condition), -1)
+    return torch.cat((model.class_emb(condition), null))
+
+
 def plain_mar(model: MAR, condition: Tensor, sampling: Sampling, noise: Noise) -> Tensor:
     """All positions in raster order, found by nonzero; the decoder gives all of them."""
     batch, tokens_count = len(condition), model.tokens
     order = noise.uniform("order", (tokens_count,)).argsort(dim=1)
-    both = torch.cat((condition, torch.full_like(condition, -1)))
+    label = plain_labels(model, condition)[:, None].expand(-1, model.buffer, -1)
     tokens = torch.zeros(batch, tokens_count, model.channels, device=condition.device)
-    counts = reveal_counts(tokens_count, sampling.iterations or min(64, tokens_count))
     masked = tokens_count
+    counts = reveal_counts(tokens_count, sampling.iterations or min(64, tokens_count))
     for k, count in enumerate(counts):
         mask = torch.zeros(batch, tokens_count, device=condition.device)
         mask = mask.scatter(1, order[:, :masked], 1.0).bool()
         next_mask = torch.zeros_like(mask).scatter(1, order[:, : masked - count], True)
         twice = torch.cat((mask, mask))
-        x = model.z_proj(torch.cat((tokens, tokens)))
-        label = torch.where(
-            both[:, None] < 0, model.fake_latent, model.class_emb(both.clamp_min(0))
-        )
-        x = torch.cat((label[:, None].expand(-1, model.buffer, -1), x), dim=1)
+        x = torch.cat((label, model.z_proj(torch.cat((tokens, tokens)))), dim=1)
         x = model.z_proj_ln(x + model.encoder_pos_embed_learned)
         seen = torch.cat((torch.zeros_like(twice[:, :1]).expand(-1, model.buffer), twice), dim=1)
         x = x[(~seen).nonzero(as_tuple=True)].view(2 * batch, -1, x.shape[-1])
@@ -137,9 +150,8 @@ def plain_mar(model: MAR, condition: Tensor, sampling: Sampling, noise: Noise) -
         now = mask & ~next_mask
         where = torch.cat((now, now)).nonzero(as_tuple=True)
         # The draws come in the order of revelation; raster order within an image here.
-        draws = noise.normal_steps(
-            f"head/{k}", (sampling.steps or 100) + 1, (count, model.channels)
-        )
+        shape = count, model.channels
+        draws = noise.normal_steps(f"head/{k}", (sampling.steps or 100) + 1, shape)
         rank = order[:, masked - count : masked].flip(1).argsort(dim=1)[None, :, :, None]
         draws = draws.gather(2, rank.expand_as(draws)).flatten(1, 2)
         masked -= count
@@ -150,29 +162,33 @@ def plain_mar(model: MAR, condition: Tensor, sampling: Sampling, noise: Noise) -
     return tokens
 
 
+def plain_ar_step(
+    model: ARDiff, condition: Tensor, sampling: Sampling, noise: Noise, order: Tensor, known: Tensor
+) -> Tensor:
+    """Token i (B, c) from the i known ones (B, i, c): the whole prefix again, both halves."""
+    i = known.shape[1]
+    label = plain_labels(model, condition)[:, None]
+    places = torch.cat((order, order))
+    start = (model.bos_token + model.pos_embed[:, :1]).expand(len(places), -1, -1)
+    x = model.x_embedder(torch.cat((known, known))) + model.pos_embed[0, 1:][places[:, :i]]
+    x = torch.cat((start, x), dim=1) + model.target_pos_embed[0][places[:, : i + 1]]
+    x = model.ln_pre(x)
+    steps = label + model.timesteps_embeddings[:, : i + 1]
+    for block in model.blocks:
+        x = block(x, block.adaLN_modulation(steps), causal=True)
+    x = model.final_layer(x, model.final_layer.adaLN_modulation(label))[:, -1]
+    draws = noise.normal_steps(f"head/{i}", (sampling.steps or 100) + 1, (model.channels,))
+    scale = scale_at(sampling, i / model.tokens)
+    return plain_head(model.diffloss.net, x, draws, scale, sampling.temperature)
+
+
 def plain_ardiff(model: ARDiff, condition: Tensor, sampling: Sampling, noise: Noise) -> Tensor:
-    """The whole prefix again for each token, both halves to the end."""
     order = model.places(noise, condition.device)
-    both = torch.cat((condition, torch.full_like(condition, -1)))
-    label = torch.where(both[:, None] < 0, model.fake_latent, model.class_emb(both.clamp_min(0)))
-    label = label[:, None]
-    twice = torch.cat((order, order))
-    tokens = torch.zeros(len(both), 0, model.channels, device=condition.device)
-    for i in range(model.tokens):
-        start = (model.bos_token + model.pos_embed[:, :1]).expand(len(both), -1, -1)
-        known = model.x_embedder(tokens) + model.pos_embed[0, 1:][twice[:, :i]]
-        x = torch.cat((start, known), dim=1) + model.target_pos_embed[0][twice[:, : i + 1]]
-        x = model.ln_pre(x)
-        steps = label + model.timesteps_embeddings[:, : i + 1]
-        for block in model.transformer["blocks"]:
-            x = block(x, block.adaLN_modulation(steps), causal=True)
-        x = model.final_layer(x, model.final_layer.adaLN_modulation(label))[:, -1]
-        draws = noise.normal_steps(f"head/{i}", (sampling.steps or 100) + 1, (model.channels,))
-        scale = scale_at(sampling, i / model.tokens)
-        new = plain_head(model.diffloss.net, x, draws, scale, sampling.temperature)
-        tokens = torch.cat((tokens, torch.cat((new, new))[:, None]), dim=1)
-    z = tokens[: len(condition)]
-    return torch.empty_like(z).scatter_(1, order[..., None].expand_as(z), z)
+    tokens = torch.zeros(len(condition), 0, model.channels, device=condition.device)
+    for _ in range(model.tokens):
+        new = plain_ar_step(model, condition, sampling, noise, order, tokens)
+        tokens = torch.cat((tokens, new[:, None]), dim=1)
+    return model.assembled(tokens, order)
 
 
 def plain_dit(model: DiT, condition: Tensor, sampling: Sampling, noise: Noise) -> Tensor:
@@ -187,9 +203,7 @@ def plain_dit(model: DiT, condition: Tensor, sampling: Sampling, noise: Noise) -
     )
 
 
-def plain_flow(
-    model: FlowTransformer, condition: Tensor, sampling: Sampling, noise: Noise
-) -> Tensor:
+def plain_flow(model: SiT, condition: Tensor, sampling: Sampling, noise: Noise) -> Tensor:
     """Two halves of states; the null half is evaluated where guidance is off, too."""
     t = torch.linspace(0, 1, sampling.steps or 250, device=condition.device)
     t = model.shift * t / (1 - t + model.shift * t)
@@ -217,15 +231,17 @@ def build(name: str, size: str, device: torch.device) -> nn.Module:
     """A generator with random weights everywhere, so that no layer is the identity or zero."""
     overrides: dict[str, Any] = {}
     if size == "small":
-        overrides = SMALL | (
-            SMALL_HEAD if name.rpartition("-")[0] in ("mar", "random-ar", "raster-ar") else {}
-        )
+        overrides = SMALL | (SMALL_HEAD if PLAIN[family(name)] in (plain_mar, plain_ardiff) else {})
     grid = (8, 8) if size == "small" else (16, 16)
     torch.manual_seed(0)
     model = build_generator(name, grid=grid, channels=16, num_classes=1000, **overrides)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).eval()
+
+
+def family(name: str) -> str:
+    return name.rpartition("-")[0]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -241,15 +257,71 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * size**3 / (clock.now() - start)
 
 
-def timed(run: Callable[[], Tensor], clock: Clock, repeats: int) -> tuple[Tensor, float, float]:
-    """(output, seconds, seconds in the watched function) of the fastest of `repeats` runs."""
-    best = (math.inf, 0.0)
-    for _ in range(repeats):
-        clock.seconds = 0.0
-        start = clock.now()
-        out = run()
-        best = min(best, (clock.now() - start, clock.seconds))
-    return out, *best
+def counted(run: Callable[[], Tensor]) -> int:
+    """FLOPs of the matrix products and attentions in a call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def sampler_flops(model: nn.Module, condition: Tensor, sampling: Sampling, noise: Noise) -> int:
+    """FLOPs of ``model.sample``, without running all of it."""
+    if isinstance(model, Backbone):
+        rows: list[int] = []
+        out = torch.zeros(1, model.places, model.outputs * model.channels, device=condition.device)
+
+        def no_network(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            rows.append(len(x))
+            return out.repeat(len(x), 1, 1)
+
+        with mock.patch.object(model, "network", no_network):
+            model.sample(condition, sampling, noise)
+        x, t = out[..., : model.channels], torch.zeros(1, device=condition.device)
+        return sum(rows) * counted(lambda: model.network(x, t, condition[:1]))
+    steps = sampling.steps or 100
+    one, two = (
+        counted(lambda n=n: model.sample(condition, replace(sampling, steps=n), noise))
+        for n in (1, 2)
+    )
+    return one + (steps - 1) * (two - one)
+
+
+@dataclass
+class Timing:
+    """One sampler's result and its seconds, in all and in the diffusion head."""
+
+    z: Tensor
+    seconds: float
+    head: float
+
+
+def timed(run: Callable[[], Tensor], clock: Clock) -> Timing:
+    clock.seconds, start = 0.0, clock.now()
+    z = run()
+    return Timing(z, clock.now() - start, clock.seconds)
+
+
+def interpolated_ar(
+    model: ARDiff, condition: Tensor, sampling: Sampling, noise: Noise, z: Tensor, clock: Clock
+) -> Timing:
+    """The plain loop's time from some of its positions, on the tokens of ``z`` (B, N, C)."""
+    order = model.places(noise, condition.device)
+    tokens = pick(z, order)
+    replayed = tokens.clone()
+    positions = np.linspace(0, model.tokens - 1, POSITIONS).round().astype(int)
+    costs = []
+    for i in positions:
+        step = partial(
+            plain_ar_step, model, condition, sampling, noise, order, tokens[:, :i].contiguous()
+        )
+        timing = timed(step, clock)
+        replayed[:, i] = timing.z
+        costs.append((timing.seconds, timing.head))
+    seconds, head = (
+        float(np.interp(range(model.tokens), positions, column).sum())
+        for column in zip(*costs, strict=True)
+    )
+    return Timing(model.assembled(replayed, order), seconds, head)
 
 
 def compare(
@@ -265,84 +337,124 @@ def compare(
     repeats: int,
     rate: float,
 ) -> str:
-    """One line of the table; `rate` is the device's FLOP/s in a matrix product."""
+    """One line of the table; ``rate`` is the device's FLOP/s in a matrix product."""
     model = build(name, size, device)
-    fast = build(name, size, device).to(torch.bfloat16 if bf16 else torch.float32)
-    plain_sample = PLAIN[name.rpartition("-")[0]]
+    fast = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32)
     sampling = replace(default_sampling(name), steps=steps, iterations=iterations)
     condition = (torch.arange(batch, device=device) * 37) % 1000
     noise = Noise(0, range(batch), device=device)
+    clock = Clock(device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    sampled_only = isinstance(model, ARDiff) and size != "small" and device.type == "cpu"
 
     def ours() -> Tensor:
         return fast.sample(condition, sampling, noise)
 
-    def plain() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return plain_sample(model, condition, sampling, noise)
+    def plain(z: Tensor) -> Timing:
+        with autocast():
+            if sampled_only:
+                return interpolated_ar(model, condition, sampling, noise, z, clock)
+            run = PLAIN[family(name)]
+            return timed(partial(run, model, condition, sampling, noise), clock)
 
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    if compiled and isinstance(fast, Backbone):
-        fast.network = torch.compile(fast.network)  # type: ignore[method-assign]
-        ours()
-    clock = Clock(device)
+    with torch.no_grad(), watched_heads(clock):
+        flops = sampler_flops(fast, condition, sampling, noise)
+        if compiled:
+            fast.compile_sampler()
+        if compiled or device.type == "cuda":
+            ours()
+        pairs = []
+        for _ in range(repeats):
+            mine = timed(ours, clock)
+            pairs.append((mine, plain(mine.z)))
+    mine = min((pair[0] for pair in pairs), key=lambda timing: timing.seconds)
+    other = min((pair[1] for pair in pairs), key=lambda timing: timing.seconds)
+    rest = (other.seconds - other.head) / (mine.seconds - mine.head)
+    difference = float((mine.z - other.z).abs().max() / mine.z.abs().max())
+    return (
+        f"{name:16}{batch:6}{batch / mine.seconds:12.3f}{batch / other.seconds:12.4f}"
+        f"{other.seconds / mine.seconds:7.1f}x"
+        + (f"{rest:11.1f}x" if other.head else f"{'':12}")
+        + f"{flops / rate / mine.seconds:10.0%}{difference:12.1e}"
+        + ("  plain: interpolated" if sampled_only else "")
+    )
+
+
+@contextmanager
+def watched_heads(clock: Clock) -> Iterator[None]:
+    """Lets the clock see the diffusion heads of the package and of the plain loops."""
     with (
-        torch.no_grad(),
         mock.patch.object(HeadSampler, "__call__", clock.watch(HeadSampler.__call__)),
         mock.patch.dict(globals(), plain_head=clock.watch(plain_head)),
     ):
-        z, seconds, head = timed(ours, clock, repeats)
-        plain_z, plain_seconds, slow_head = timed(plain, clock, repeats)
-    rest = (plain_seconds - slow_head) / (seconds - head)
-    bound = counter.get_total_flops() / rate / seconds
-    difference = float((z - plain_z).abs().max() / plain_z.abs().max())
+        yield
+
+
+def noise_line(device: torch.device) -> str:
+    """Speed of the counter-based normals beside torch's own, for the draws of one head chain."""
+    clock, noise, shape = Clock(device), Noise(0, range(64), device=device), (101, 64, 16)
+
+    def best(run: Callable[[], Tensor]) -> float:
+        return min(timed(run, clock).seconds for _ in range(5))
+
+    ours = best(lambda: noise.normal("draws", shape))
+    torchs = best(lambda: torch.randn(64, *shape, device=device))
+    count = 64 * 101 * 64 * 16
     return (
-        f"{name:16}{batch / seconds:12.3f}{batch / plain_seconds:12.3f}"
-        f"{plain_seconds / seconds:7.1f}x{rest:9.1f}x{bound:10.0%}{difference:12.1e}"
+        f"normals: {count / ours / 1e6:.0f} M/s counter-based, {count / torchs / 1e6:.0f} M/s "
+        f"torch.randn, {ours / torchs:.1f} times its time"
     )
 
 
 @click.command(help=__doc__.splitlines()[0])
 @click.argument("names", nargs=-1)
-@click.option("--size", type=click.Choice(["small", "published"]), default="small")
+@click.option("--size", type=click.Choice(["small", "base", "large"]), default="small")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch", default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on CUDA]")
+@click.option("--batch", type=int, help="[default: 256 on CUDA, else 8]")
 @click.option("--steps", type=int, help="Head, diffusion or ODE steps. [default: the model's]")
-@click.option("--iterations", type=int, help="MAR's iterations. [default: the model's]")
-@click.option("--compile", "compile_", is_flag=True, help="torch.compile DiT's and SiT's networks.")
+@click.option("--num-iter", type=int, help="MAR's iterations. [default: the model's]")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the package's samplers.")
 @click.option("--repeats", default=1, show_default=True, help="Runs of which the best counts.")
 def main(
     names: tuple[str, ...],
     size: str,
     device: str,
-    dtype: str,
-    batch: int,
+    dtype: str | None,
+    batch: int | None,
     steps: int | None,
-    iterations: int | None,
-    compile_: bool,
+    num_iter: int | None,
+    compiled: bool,
     repeats: int,
 ) -> None:
-    place, bf16 = torch.device(device), dtype == "bf16"
+    place = torch.device(device)
+    cuda = place.type == "cuda"
+    bf16 = cuda if dtype is None else dtype == "bf16"
+    if not names:
+        families = FAMILIES if cuda or size == "small" else ("mar", "random-ar")
+        names = tuple(f"{kind}-{'l' if size == 'large' else 'b'}" for kind in families)
     rate = matrix_rate(place, torch.bfloat16 if bf16 else torch.float32)
+    machine = torch.cuda.get_device_name(place) if cuda else f"{torch.get_num_threads()} threads"
     click.echo(
-        f"torch {torch.__version__}, {device}, {dtype}, {size}, batch {batch}, "
-        f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s in a matrix product"
+        f"torch {torch.__version__}, {device} ({machine}), {'bf16' if bf16 else 'fp32'}, size "
+        f"{size}{', compiled' if compiled else ''}, {rate / 1e9:.0f} GFLOP/s in a matrix product"
     )
+    click.echo(noise_line(place))
     click.echo(
-        f"{'generator':16}{'ours img/s':>12}{'plain img/s':>12}{'ratio':>8}"
-        f"{'w/o head':>10}{'roofline':>10}{'difference':>12}"
+        f"{'generator':16}{'batch':>6}{'ours img/s':>12}{'plain img/s':>12}{'ratio':>8}"
+        f"{'transformer':>12}{'roofline':>10}{'difference':>12}"
     )
-    for name in names or [f"{family}-b" for family in PLAIN]:
+    for name in names:
+        short = size != "small" and not cuda and family(name) == "mar"
         line = compare(
             name,
             size,
             place,
             bf16=bf16,
-            batch=batch,
+            batch=batch or (256 if cuda else 2 if short else 8),
             steps=steps,
-            iterations=iterations,
-            compiled=compile_,
+            iterations=num_iter or (8 if short else None),
+            compiled=compiled,
             repeats=repeats,
             rate=rate,
         )
