@@ -1,5 +1,6 @@
 """Accelerate, set up as a training needs it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.config import Execution, Precision
@@ -45,6 +47,8 @@ def make_accelerator(
             f"--fsdp shards a model over several GPUs, and this is {state.num_processes} process "
             f"on {state.device.type}; start several with accelerate launch, or leave it out"
         )
+    # torch 2.14 announces another name, which Accelerate does not know yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     mixed = {"bf16": "bf16", "fp32": "no"}[resolve_precision(precision, state.device)]
     try:
         return Accelerator(
@@ -52,7 +56,7 @@ def make_accelerator(
             cpu=cpu,
             # No buffer that is trained with needs to be the same on all processes.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if execution.fsdp else None,
+            fsdp_plugin=sharding_plugin() if execution.fsdp else None,
             log_with=list(execution.trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(run) if run else None,
@@ -61,6 +65,12 @@ def make_accelerator(
         )
     except ValueError as error:
         raise ConfigError(f"trackers {','.join(execution.trackers)}: {error}") from error
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """Accelerate's FSDP2, which leaves the precision to autocast as other trainings do."""
+    policy = MixedPrecisionPolicy()
+    return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
 def start_trackers(accelerator: Accelerator, run: Path) -> None:

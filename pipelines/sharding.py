@@ -42,32 +42,44 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile()
 
 
+def _units(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The classes that are sharded one by one: the blocks, and what is called apart from them."""
+    found: set[type[nn.Module]] = set()
+    for block in blocks(model):
+        inner = getattr(block, "_checkpoint_wrapped_module", block)
+        found.add(type(inner))
+        if hasattr(inner, "adaLN_modulation"):  # is called by itself, before the block
+            found.add(type(inner.adaLN_modulation))
+    return tuple(sorted(found, key=lambda kind: kind.__name__))
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Shard a network over all processes, unit by unit; its parameters change."""
+    units = _units(model)
+    for module in reversed([m for m in model.modules() if isinstance(m, units)]):
+        fully_shard(module)
+    return fully_shard(model)
+
+
 def prepared(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> nn.Module:
     """The network as it is to be called in training: wrapped for several processes, or sharded.
 
-    Sharding replaces the parameters of ``model`` and those in ``optimizer``.
+    Accelerate's FSDP plugin shards as `shard` does, and puts the new parameters into ``optimizer``.
 
     Raises:
-        ConfigError: sharding was asked for, and Accelerate did not shard.
+        ConfigError: the plugin is there, and has not sharded.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare_model(model)
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks(model)})
+    plugin.transformer_cls_names_to_wrap = [kind.__name__ for kind in _units(model)]
     trained, _ = accelerator.prepare(model, optimizer)
     if not isinstance(trained, FSDPModule):
         raise ConfigError("--fsdp: Accelerate did not shard the model; start it with its launcher")
     return trained
-
-
-def shard(model: nn.Module) -> nn.Module:
-    """Shard a network's blocks, and the rest of it, over all processes; its parameters change."""
-    for block in blocks(model):
-        fully_shard(block)
-    return fully_shard(model)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -189,6 +189,8 @@ def train_generator(
         checkpoint_activations(model)
     if execution.compile:
         compile_blocks(model)
+    if execution.fsdp:
+        shard(ema.module)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -197,8 +199,6 @@ def train_generator(
         fused=True,
     )
     trained = prepared(accelerator, model, optimizer)
-    if execution.fsdp:
-        shard(ema.module)
     loader = LatentLoader(
         cache,
         config.global_batch,

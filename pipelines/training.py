@@ -193,7 +193,9 @@ def opened_run(accelerator: Accelerator, path: Path, **run: Any) -> Iterator[Run
         accelerator.wait_for_everyone()
         start_trackers(accelerator, path)
         yield None
-    accelerator.end_training()
+    # Accelerate's own end_training would part the processes, and another training may follow.
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def fit(
