@@ -1,6 +1,8 @@
 """The diffusion head, against the recorded numbers and a plain float64 reading of one step."""
 
+import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,20 @@ def test_bf16_weights(head, golden, golden_draw):
     exact = head.sampler(Sampling(steps=5, clip=3.0))(golden["condition"], draws)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, exact, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_steps_are_the_same(head, golden, golden_draw, monkeypatch, backend):
+    """To rounding; on another number of rows, and without guidance, too."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = copy.deepcopy(head)
+    compiled.compile_sampler()
+    condition = torch.cat((golden["condition"], golden["null_condition"]))
+    draws = torch.stack([golden_draw(k, (6, 4)) for k in range(6)])
+    how = Sampling(steps=5, clip=3.0, temperature=0.9)
+    for rows, scale in ((6, 3.0), (4, 3.0), (6, 1.0)):
+        picked = torch.cat((condition[:rows], condition[6 : 6 + rows]))
+        picked = picked if scale != 1.0 else picked[:rows]
+        expected = head.sampler(how)(picked, draws[:, :rows], scale)
+        out = compiled.sampler(how)(picked, draws[:, :rows], scale)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
