@@ -19,6 +19,17 @@ PATH = click.Path(path_type=Path)
 _WEIGHTS = "detok_pipe.weights"
 
 
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help shows them."""
+
+    def apply(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
 def seed_option(function: Command) -> Command:
     """``--seed``: every random number of the command follows from it."""
     return click.option(

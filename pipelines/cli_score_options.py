@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from detok_pipe.pipelines.cli_options import FOLDER, PATH, Command
+from detok_pipe.pipelines.cli_options import FOLDER, PATH, Command, together
 
 if TYPE_CHECKING:
     from detok_pipe.evaluation.features import FeatureExtractor
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from detok_pipe.latents.sample_store import SampleStore
     from detok_pipe.pipelines.processes import Processes
     from detok_pipe.pipelines.trained import TrainedTokenizer
-
-
-def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in the order in which the help shows them."""
-
-    def apply(function: Command) -> Command:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
 
 
 def batch_size_option(function: Command) -> Command:
