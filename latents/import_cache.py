@@ -47,11 +47,13 @@ class ForeignCache:
     """A cache of another project.
 
     Attributes:
-        kind: its form. names: of the images, (N,). labels: (N,) int32, -1 where unknown.
+        path: its folder. kind: its form.
+        names: of the images, (N,). labels: (N,) int32, -1 where unknown.
         class_names: by label; empty where only numbers are known.
         views, fields: what it holds. read: item i; raises one of the errors of a bad file.
     """
 
+    path: Path
     kind: Kind
     names: list[str]
     labels: np.ndarray
@@ -96,7 +98,7 @@ def open_foreign(path: Path | str) -> ForeignCache:
 
 
 def import_cache(
-    source: Path | str,
+    source: ForeignCache | Path | str,
     target: Path | str,
     *,
     encoder: Mapping[str, Any] | None = None,
@@ -112,6 +114,7 @@ def import_cache(
     """Writes a verified cache of another project's one. The same call goes on where it stopped.
 
     Args:
+        source: what :func:`open_foreign` gave, or the folder.
         encoder: identity of the encoder that made it, as a tokenizer states it; without one, the
             cache is identified by its files alone, and no tokenizer will be found to fit it.
         shards: about how many; by default 4096 images each.
@@ -125,8 +128,8 @@ def import_cache(
         InputError: nothing that is known, or no readable image. Bad items are quarantined.
         MismatchError, CacheError, StorageError: see :class:`CacheWriter`.
     """
-    foreign = open_foreign(source)
-    shape = _first_shape(foreign, Path(source))
+    foreign = source if isinstance(source, ForeignCache) else open_foreign(source)
+    shape = _first_shape(foreign)
     count = len(foreign.names)
     identity = foreign.identity()
     plan = CachePlan(
@@ -189,7 +192,7 @@ def _checked(item: Item, shape: tuple[int, ...]) -> Item:
     return item
 
 
-def _first_shape(foreign: ForeignCache, source: Path) -> tuple[int, ...]:
+def _first_shape(foreign: ForeignCache) -> tuple[int, ...]:
     """(C, h, w) of the first item that can be read."""
     reason: Exception | None = None
     for i in range(len(foreign.names)):
@@ -199,9 +202,11 @@ def _first_shape(foreign: ForeignCache, source: Path) -> tuple[int, ...]:
             reason = reason or error
             continue
         if len(shape) not in (2, 3) or 0 in shape:
-            raise InputError(f"{source}: latents of shape {shape}; expected (C, h, w)")
+            raise InputError(f"{foreign.path}: latents of shape {shape}; expected (C, h, w)")
         return shape
-    raise InputError(f"{source}: none of {len(foreign.names)} items can be read; first: {reason}")
+    raise InputError(
+        f"{foreign.path}: none of {len(foreign.names)} items can be read; first: {reason}"
+    )
 
 
 def _halves(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -229,6 +234,7 @@ def _open_mar(root: Path, files: list[Path]) -> ForeignCache:
         return item
 
     return ForeignCache(
+        root,
         "mar",
         [p.relative_to(root).as_posix() for p in files],
         np.array(labels, np.int32),
@@ -267,7 +273,7 @@ def _open_lightningdit(root: Path, files: list[Path]) -> ForeignCache:
 
     sizes = [p.stat().st_size for p in files]
     every = np.concatenate(labels)
-    return ForeignCache("lightningdit", names, every, (), VIEWS, ("mean",), read, sizes)
+    return ForeignCache(root, "lightningdit", names, every, (), VIEWS, ("mean",), read, sizes)
 
 
 def _open_edm2(root: Path, files: list[Path]) -> ForeignCache:
@@ -289,4 +295,4 @@ def _open_edm2(root: Path, files: list[Path]) -> ForeignCache:
         return {"image/mean": mean, "image/std": std}
 
     sizes = [p.stat().st_size for p in files]
-    return ForeignCache("edm2", names, labels, (), VIEWS[:1], FIELDS, read, sizes)
+    return ForeignCache(root, "edm2", names, labels, (), VIEWS[:1], FIELDS, read, sizes)

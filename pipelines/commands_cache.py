@@ -1,116 +1,54 @@
-"""Commands about latent caches: ``plan``, ``encode``, ``finalize``, ``info``, ``verify``,
-``convert``."""
+"""Commands that write latent caches: ``plan``, ``encode``, ``finalize``, ``convert``,
+``import-cache``."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from detok_pipe.pipelines.cli_cache_options import (
+    CACHE,
+    encoding_options,
+    given_stats,
+    image_options,
+    opened_images,
+    process_options,
+    stats_option,
+    store_options,
+    target_option,
+    transfer_shown,
+)
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
-    PATH,
-    Command,
     device_option,
-    out_option,
     quiet_option,
-    seed_option,
     tokenizer_option,
 )
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
+
+if TYPE_CHECKING:
+    from detok_pipe.latents.manifest import Manifest
+    from detok_pipe.latents.remote import Place
 
 DONE_WITH_QUARANTINE = 3
 """Exit code: everything is done, but some inputs were unreadable and are listed."""
 
 
-def _cache_options(function: Command) -> Command:
-    """What decides about the form of a cache, the same for ``plan`` and ``encode``."""
-    options: list[Callable[[Any], Any]] = [
-        click.option(
-            "--shards", type=click.IntRange(1), help="About how many. Default: 4096 images a shard."
-        ),
-        click.option(
-            "--format",
-            type=click.Choice(["webdataset", "zarr"]),
-            default="webdataset",
-            show_default=True,
-            help="Of the store; convert changes it later.",
-        ),
-        click.option(
-            "--mirror/--no-mirror", default=True, help="Also encode each image's mirror image."
-        ),
-        click.option(
-            "--std/--no-std",
-            default=True,
-            help="Store the posterior's std too, which drawing samples needs.",
-        ),
-        click.option(
-            "--rows-per-record",
-            type=click.IntRange(1),
-            default=256,
-            show_default=True,
-            help="Rows of a tar record or Zarr chunk.",
-        ),
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            default=64,
-            show_default=True,
-            help="Images that the encoder computes at once.",
-        ),
-        click.option(
-            "--precision",
-            type=click.Choice(["fp32", "bf16"]),
-            default="fp32",
-            show_default=True,
-            help="What the encoder computes in.",
-        ),
-        seed_option,
-        device_option,
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def _max_pixels_option(function: Command) -> Command:
-    return click.option(
-        "--max-pixels",
-        type=click.IntRange(1),
-        default=178_956_970,
-        show_default=True,
-        help="Larger images are quarantined.",
-    )(function)
-
-
 @click.command("encode")
 @tokenizer_option()
-@click.option("--data", type=PATH, required=True, help="Class folders, a list file, or tars.")
-@click.option("--data-root", type=FOLDER, help="Where relative paths of a list file start.")
-@out_option("The cache's folder; the same command again goes on where it stopped.")
-@_cache_options
-@_max_pixels_option
+@image_options(required=True)
+@target_option
+@store_options
+@encoding_options
+@stats_option
 @click.option(
     "--threads",
     type=click.IntRange(1),
     help="Compute threads on a CPU. Default: those of the encode begun in --out, or torch's.",
 )
 @click.option("--strict", is_flag=True, help="Stop at the first unreadable image.")
-@click.option(
-    "--rank",
-    type=click.IntRange(0),
-    default=0,
-    envvar="RANK",
-    help="This process's number. Default: RANK, as accelerate launch and torchrun set it.",
-)
-@click.option(
-    "--world",
-    type=click.IntRange(1),
-    default=1,
-    envvar="WORLD_SIZE",
-    help="How many processes there are. Default: WORLD_SIZE. It may change between calls.",
-)
+@process_options
+@device_option
 @quiet_option
 @click.pass_context
 def encode(
@@ -118,14 +56,15 @@ def encode(
     tokenizer: TokenizerChoice,
     data: Path,
     data_root: Path | None,
-    out: Path,
     max_pixels: int,
+    out: "Place",
+    stats: str | None,
     threads: int | None,
     strict: bool,
     rank: int,
     world: int,
-    quiet: bool,
     device: str | None,
+    quiet: bool,
     **form: Any,
 ) -> None:
     """Write the latent cache of an image set.
@@ -133,31 +72,46 @@ def encode(
     Exits with 3 if the cache is finished and some images were unreadable; those are listed in
     quarantine.jsonl.
 
+    Several processes share the shards by their numbers, without a coordinator: none waits for
+    another, any may be killed and started again, and their number may change. On several nodes
+    --out is a folder that all of them see. The process that writes the last shard finishes the
+    cache; if it is killed just then, `detok-pipe finalize` does.
+
     \b
     Example:
       detok-pipe encode --tokenizer runs/tok --data imagenet/train --out cache --shards 313
       detok-pipe encode --tokenizer sd-vae --data imagenet/train --out cache-sd
-    Eight GPUs, and a Slurm array (no process waits for another; any may be restarted):
-      torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli encode ...
-      detok-pipe encode ... --rank $SLURM_ARRAY_TASK_ID --world $SLURM_ARRAY_TASK_COUNT
+      detok-pipe encode --tokenizer runs/tok --data s3://set/tars --out s3://set/cache
+    Eight GPUs; two nodes of eight; a Slurm array of 16 jobs, one GPU each:
+      accelerate launch --num_processes 8 -m detok_pipe.pipelines.cli encode ...
+      accelerate launch --num_processes 16 --num_machines 2 --machine_rank $SLURM_NODEID \\
+        --main_process_ip $HEAD --main_process_port 29500 -m detok_pipe.pipelines.cli encode ...
+      sbatch --array 0-15 --gpus 1 --wrap 'detok-pipe encode ... \\
+        --rank $SLURM_ARRAY_TASK_ID --world $SLURM_ARRAY_TASK_COUNT'
     """
     from detok_pipe.pipelines.devices import resolve_device
     from detok_pipe.pipelines.encode import encode as run
     from detok_pipe.pipelines.encode import make_plan, planned_threads
-    from detok_pipe.pipelines.images import open_images
     from detok_pipe.pipelines.progress import say
     from detok_pipe.pipelines.tokenizers import open_tokenizer
 
     target = resolve_device(device)
-    source = open_images(data, root=data_root, max_pixels=max_pixels)
+    source = opened_images(data, data_root, max_pixels)
     trained = open_tokenizer(tokenizer, device=target)
-    threads = threads or planned_threads(out)
-    plan = make_plan(trained, source, device=target, threads=threads, **form)
+    folder = out.begin(transfer_shown("fetch", quiet=quiet))
+    plan = make_plan(
+        trained,
+        source,
+        device=target,
+        threads=threads or planned_threads(folder),
+        stats=given_stats(stats, trained.model.channels),
+        **form,
+    )
     say(f"{plan.count:,} images, {plan.shards} shards of {plan.rows_per_shard}", quiet=quiet)
     done = run(
         trained,
         source,
-        out,
+        folder,
         plan,
         rank=rank,
         world=world,
@@ -165,11 +119,7 @@ def encode(
         strict=strict,
         quiet=quiet,
     )
-    if done.manifest is None:
-        say(f"the shards of process {rank} are done; others are still missing", quiet=quiet)
-        return
-    click.echo(f"{out}: {done.manifest.count:,} images, fingerprint {done.manifest.fingerprint}")
-    _exit_with_quarantine(context, out, done.manifest.quarantined)
+    _finished(context, out, done.manifest, rank, quiet)
 
 
 @click.command("finalize")
@@ -183,98 +133,22 @@ def finalize(context: click.Context, cache: Path, quiet: bool) -> None:
     Example:
       detok-pipe finalize cache
     """
+    from detok_pipe.latents.remote import Place
     from detok_pipe.latents.writer import CacheWriter
     from detok_pipe.pipelines.encode import finish
 
     manifest = finish(CacheWriter.resume(cache), quiet=quiet)
-    click.echo(f"{cache}: {manifest.count:,} images, fingerprint {manifest.fingerprint}")
-    _exit_with_quarantine(context, cache, manifest.quarantined)
-
-
-@click.command("info")
-@click.argument("cache", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(cache: Path, as_json: bool) -> None:
-    """Describe a latent cache.
-
-    \b
-    Example:
-      detok-pipe info cache
-    """
-    from detok_pipe.latents.verify import describe
-
-    facts = describe(cache)
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        click.echo(f"{name.replace('_', ' '):{width}}  {_readable(value)}")
-
-
-@click.command("verify")
-@click.argument("cache", type=FOLDER)
-@click.option("--hashes/--no-hashes", default=True, help="Read and hash every file.")
-@click.option("--repair", is_flag=True, help="Mend it; needs --tokenizer and --data.")
-@tokenizer_option(required=False)
-@click.option("--data", type=PATH, help="The images that the cache was made from.")
-@click.option("--data-root", type=FOLDER, help="Where relative paths of a list file start.")
-@_max_pixels_option
-@device_option
-@quiet_option
-@click.pass_context
-def verify(
-    context: click.Context,
-    cache: Path,
-    hashes: bool,
-    repair: bool,
-    tokenizer: TokenizerChoice | None,
-    data: Path | None,
-    data_root: Path | None,
-    max_pixels: int,
-    device: str | None,
-    quiet: bool,
-) -> None:
-    """Check each shard of a latent cache, or mend it; exits with 2 if something is wrong.
-
-    \b
-    Example:
-      detok-pipe verify cache
-      detok-pipe verify cache --repair --tokenizer runs/tok --data imagenet/train
-    """
-    from detok_pipe.latents.verify import verify as check
-
-    if repair and (tokenizer is None or data is None):
-        raise click.UsageError("--repair needs --tokenizer and --data, to encode again")
-    if tokenizer is not None and data is not None and repair:
-        from detok_pipe.pipelines.devices import resolve_device
-        from detok_pipe.pipelines.images import open_images
-        from detok_pipe.pipelines.repair_cache import repair_cache
-        from detok_pipe.pipelines.tokenizers import open_tokenizer
-
-        target = resolve_device(device)
-        source = open_images(data, root=data_root, max_pixels=max_pixels)
-        trained = open_tokenizer(tokenizer, device=target)
-        problems = repair_cache(cache, trained, source, device=target, quiet=quiet)
-    else:
-        problems = check(cache, hashes=hashes)
-    for problem in problems:
-        click.echo(str(problem))
-    if problems:
-        click.echo(f"{cache}: {len(problems)} problems", err=True)
-        context.exit(2)
-    if not quiet:
-        click.echo(f"{cache}: every file is as it should be")
+    _finished(context, Place(str(cache)), manifest, 0, quiet)
 
 
 @click.command("convert")
-@click.argument("cache", type=FOLDER)
-@out_option("Folder of the converted cache.")
+@click.argument("cache", type=CACHE)
+@target_option
 @click.option(
     "--format", type=click.Choice(["webdataset", "zarr"]), required=True, help="Of the new store."
 )
 @quiet_option
-def convert(cache: Path, out: Path, format: Literal["webdataset", "zarr"], quiet: bool) -> None:
+def convert(cache: Path, out: "Place", format: Literal["webdataset", "zarr"], quiet: bool) -> None:
     """Convert a latent cache between WebDataset and Zarr, bit by bit the same rows.
 
     \b
@@ -282,10 +156,72 @@ def convert(cache: Path, out: Path, format: Literal["webdataset", "zarr"], quiet
       detok-pipe convert cache --format zarr --out cache-zarr
     """
     from detok_pipe.latents.convert import convert as run
+    from detok_pipe.latents.verify import describe
+    from detok_pipe.pipelines.progress import progress
 
-    manifest = run(cache, out, format)
-    if not quiet:
-        click.echo(f"{out}: {manifest.count:,} images as {format}")
+    folder = out.begin(transfer_shown("fetch", quiet=quiet))
+    total = describe(cache)["shards"]
+    with progress("convert", total=total, unit="shards", quiet=quiet) as task:
+        manifest = run(cache, folder, format, progress=lambda shard: task.advance())
+    out.publish(transfer_shown("send", quiet=quiet))
+    click.echo(f"{out}: {manifest.count:,} images as {format}")
+
+
+@click.command("import-cache")
+@click.argument("source", type=FOLDER)
+@target_option
+@tokenizer_option(required=False)
+@store_options
+@process_options
+@quiet_option
+@click.pass_context
+def import_cache(
+    context: click.Context,
+    source: Path,
+    out: "Place",
+    tokenizer: TokenizerChoice | None,
+    rank: int,
+    world: int,
+    quiet: bool,
+    shards: int | None,
+    format: Literal["webdataset", "zarr"],
+    rows_per_record: int,
+    seed: int,
+) -> None:
+    """Make a verified cache of one that another project wrote.
+
+    SOURCE is a folder of MAR's npz files, of LightningDiT's safetensors shards, or of EDM2's or
+    REPA's npy files; which one is found out. --tokenizer names the encoder that made it, whose
+    identity the new cache takes: check-cache then shows whether that is true. Items that cannot
+    be read are quarantined.
+
+    \b
+    Example:
+      detok-pipe import-cache mar-cached --tokenizer mar-vae --out cache
+    """
+    from detok_pipe.latents.import_cache import import_cache as run
+    from detok_pipe.latents.import_cache import open_foreign
+    from detok_pipe.pipelines.progress import progress, say
+    from detok_pipe.pipelines.tokenizers import open_tokenizer
+
+    identity = None if tokenizer is None else open_tokenizer(tokenizer).identity
+    foreign = open_foreign(source)
+    say(f"{source}: {len(foreign.names):,} items of {foreign.kind}", quiet=quiet)
+    folder = out.begin(transfer_shown("fetch", quiet=quiet))
+    with progress("import", total=len(foreign.names), quiet=quiet) as task:
+        manifest = run(
+            foreign,
+            folder,
+            encoder=identity,
+            store_format=format,
+            shards=shards,
+            rows_per_record=rows_per_record,
+            seed=seed,
+            rank=rank,
+            world=world,
+            progress=task.advance,
+        )
+    _finished(context, out, manifest, rank, quiet)
 
 
 @click.command("plan")
@@ -294,7 +230,9 @@ def convert(cache: Path, out: Path, format: Literal["webdataset", "zarr"], quiet
     "--preset", default="detok-bb", show_default=True, help="Tokenizer preset to try the speed of."
 )
 @click.option("--processes", type=click.IntRange(1), default=1, help="Share the time among these.")
-@_cache_options
+@store_options
+@encoding_options
+@device_option
 def plan(images: int, preset: str, processes: int, device: str | None, **form: Any) -> None:
     """Estimate disk and time of an encode, from a few seconds' trial on this machine.
 
@@ -326,10 +264,22 @@ def plan(images: int, preset: str, processes: int, device: str | None, **form: A
         click.echo(f"{name:22}{value}")
 
 
-def _exit_with_quarantine(context: click.Context, cache: Path, quarantined: int) -> None:
-    if quarantined:
+def _finished(
+    context: click.Context, out: "Place", manifest: "Manifest | None", rank: int, quiet: bool
+) -> None:
+    """Sends a finished cache where it belongs, says so, and exits with the fitting code."""
+    from detok_pipe.latents.publish import QUARANTINE
+    from detok_pipe.pipelines.progress import say
+
+    if manifest is None:
+        say(f"the shards of process {rank} are done; others are still missing", quiet=quiet)
+        return
+    out.publish(transfer_shown("send", quiet=quiet))
+    click.echo(f"{out}: {manifest.count:,} images, fingerprint {manifest.fingerprint}")
+    if manifest.quarantined:
         click.echo(
-            f"{quarantined} images were unreadable and are left out: {cache / 'quarantine.jsonl'}",
+            f"{manifest.quarantined} images were unreadable and are left out: "
+            f"{out.folder / QUARANTINE}",
             err=True,
         )
         context.exit(DONE_WITH_QUARANTINE)
@@ -337,11 +287,3 @@ def _exit_with_quarantine(context: click.Context, cache: Path, quarantined: int)
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:,.2f} GB ({count:,} bytes)"
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, list | tuple | dict):
-        return json.dumps(value)
-    return str(value)

@@ -78,6 +78,11 @@ def preprocessing(size: int) -> dict[str, Any]:
     return {"crop": "adm-center", "size": size}
 
 
+def sources_of(source: ImageSource) -> dict[str, Any]:
+    """What identifies the images of a cache: their names and labels, and sizes of files."""
+    return {**source.identity, "sizes": source.sizes_hash()}
+
+
 def make_plan(
     tokenizer: Encoder,
     source: ImageSource,
@@ -129,7 +134,7 @@ def make_plan(
         channels=tokenizer.model.channels,
         encoder=tokenizer.identity,
         preprocessing=preprocessing(tokenizer.image_size),
-        sources=source.identity,
+        sources=sources_of(source),
         class_names=tuple(source.class_names),
         views=VIEWS if mirror else VIEWS[:1],
         fields=("mean", "std") if std and tokenizer.model.has_posterior else ("mean",),
@@ -140,6 +145,17 @@ def make_plan(
         dtype=precision,
         settings=settings,
         stats=None if stats == "dataset" else stats,
+    )
+
+
+def plan_from(plan: CachePlan, tokenizer: Encoder, source: ImageSource) -> CachePlan:
+    """``plan`` with this tokenizer and these images: equal to it where they are its own."""
+    return replace(
+        plan,
+        encoder=tokenizer.identity,
+        preprocessing=preprocessing(tokenizer.image_size),
+        sources=sources_of(source),
+        class_names=tuple(source.class_names),
     )
 
 

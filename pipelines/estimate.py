@@ -59,6 +59,9 @@ class TypicalImages(ImageSource):
     def name(self, index: int) -> str:
         return str(index)
 
+    def size(self, index: int) -> int:
+        return len(self._data)
+
     def open(self, index: int) -> BinaryIO:
         return io.BytesIO(self._data)
 

@@ -1,6 +1,5 @@
 """Mending a damaged cache from its images: the tokenizer's part of ``latents/repair.py``."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch
 from detok_pipe.latents.repair import repair
 from detok_pipe.latents.verify import Problem
 from detok_pipe.latents.writer import CacheWriter
-from detok_pipe.pipelines.encode import Encoder, encode_shards, preprocessing
+from detok_pipe.pipelines.encode import Encoder, encode_shards, plan_from
 from detok_pipe.pipelines.images import ImageSource
 
 
@@ -31,14 +30,7 @@ def repair_cache(
     """
 
     def encode_again(writer: CacheWriter, shards: list[int]) -> None:
-        mine = replace(
-            writer.plan,
-            encoder=tokenizer.identity,
-            preprocessing=preprocessing(tokenizer.image_size),
-            sources=source.identity,
-            class_names=tuple(source.class_names),
-        )
-        writer.plan.check_same(mine, str(cache))
+        writer.plan.check_same(plan_from(writer.plan, tokenizer, source), str(cache))
         encode_shards(tokenizer, source, writer, shards, device=device, quiet=quiet)
 
     return repair(cache, encode_again)

@@ -1,0 +1,204 @@
+"""The test before days of training: does a cache hold what its images give now?
+
+A wrong crop, encoder, normalisation or image order shows here as a number and as a picture:
+images, cached rows decoded, and reconstructions without the cache.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detok_pipe.evaluation.reconstruction import psnr
+from detok_pipe.latents.cache import LatentCache
+from detok_pipe.latents.errors import ConfigError, InputError, MismatchError
+from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.plan import CachePlan
+from detok_pipe.latents.publish import plan_of
+from detok_pipe.pipelines.decode import BatchDecoder, default_threads, to_float, to_uint8
+from detok_pipe.pipelines.encode import moments_on_device, plan_from
+from detok_pipe.pipelines.images import ImageSource
+from detok_pipe.pipelines.pictures import ImageRow, labelled_grid, to_images
+from detok_pipe.pipelines.trained import (
+    TrainedGenerator,
+    TrainedTokenizer,
+    check_tokenizer_fits,
+)
+
+LEAST_PSNR = 40.0
+"""dB between the two decoded images; another crop, normalisation or image stays far below."""
+
+LEAST_PSNR_OF_SAMPLES = 20.0
+"""The same for imported caches that hold one sample of each posterior instead of its mean."""
+
+LARGEST_LOSS_DIFFERENCE = 0.01
+"""Of a generator's loss on cached and fresh latents with the same noise, relative."""
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """What was found.
+
+    Attributes:
+        picture: a column an image: the image, its cached row decoded, its reconstruction.
+        match: PSNR in dB of cached rows decoded against reconstructions, (n,).
+        cached, online: PSNR in dB of both against the images, (n,).
+        latents: largest difference of a cached mean, in standard deviations of its channel.
+        losses: a generator's mean loss on cached and on fresh latents, or None.
+        problems: what is too far apart, in words; empty where the cache is right.
+    """
+
+    picture: Image.Image
+    match: np.ndarray
+    cached: np.ndarray
+    online: np.ndarray
+    latents: float
+    losses: tuple[float, float] | None
+    problems: list[str]
+
+    def lines(self) -> list[str]:
+        """The numbers, for people."""
+        found = [
+            f"cached rows decoded, against reconstructions without the cache: PSNR at least "
+            f"{self.match.min():.1f} dB over {len(self.match)} images",
+            f"against the images: cached {self.cached.mean():.2f} dB, without the cache "
+            f"{self.online.mean():.2f} dB",
+            f"latents differ by at most {self.latents:.2g} standard deviations",
+        ]
+        if self.losses is not None:
+            found.append(
+                f"the generator's loss: {self.losses[0]:.5f} on cached latents, "
+                f"{self.losses[1]:.5f} on fresh ones"
+            )
+        return found
+
+
+def check_cache(
+    cache: LatentCache,
+    tokenizer: TrainedTokenizer,
+    source: ImageSource,
+    *,
+    num: int = 8,
+    generator: TrainedGenerator | None = None,
+    device: torch.device | str = "cpu",
+) -> CacheCheck:
+    """Compare ``num`` rows, spread over the cache, with what their images give now.
+
+    Args:
+        tokenizer, source: those that the cache was made from.
+        generator: one trained on this tokenizer's latents; its loss on cached latents is set
+            against that on fresh latents, which are normalised as the generator expects.
+
+    Raises:
+        MismatchError: tokenizer, images or generator are not those of the cache; names the field.
+        InputError: an image is unreadable.
+    """
+    if num < 1:
+        raise ConfigError(f"{num} images to compare; at least 1 is needed")
+    device = torch.device(device)
+    plan = plan_of(cache.manifest)
+    imported = "imported" in plan.preprocessing
+    if imported:
+        check_tokenizer_fits(tokenizer, cache.tokenizer, f"the cache {cache.path}")
+        _check_count(plan, source)
+    else:
+        plan.check_same(plan_from(plan, tokenizer, source), str(cache.path))
+    num = min(num, cache.num_rows)
+    rows = np.arange(num) * cache.num_rows // num
+    pixels = _pixels(source, cache.source_ids[rows], tokenizer.image_size)
+    fresh = moments_on_device(tokenizer.model, to_float(pixels, device), plan)
+
+    means = {view: _stored(cache, rows, view, "mean", device) for view in cache.views}
+    differences = [
+        (means[view] - cache.stats.normalize(fresh[view][0])).abs().max().item() for view in means
+    ]
+    latents = cache.stats.denormalize(means["image"]), fresh["image"][0]
+    with torch.inference_mode():
+        decoded = [to_uint8(tokenizer.model.decode(z)) for z in latents]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+    match = psnr(decoded[0], decoded[1]).cpu().numpy()
+    problems = []
+    least = LEAST_PSNR_OF_SAMPLES if imported and not cache.has_posterior else LEAST_PSNR
+    if match.min() < least:
+        worst = int(cache.source_ids[rows[int(match.argmin())]])
+        problems.append(
+            f"{cache.path} does not hold the latents of its images: {source.name(worst)} decoded "
+            f"from the cache is {match.min():.1f} dB from its reconstruction, less than "
+            f"{least:.0f}; look at the picture, then encode again"
+        )
+    losses = None
+    if generator is not None:
+        losses = _losses(cache, generator, fresh, rows, device)
+        if abs(losses[0] - losses[1]) > LARGEST_LOSS_DIFFERENCE * abs(losses[1]):
+            problems.append(
+                f"the loss of {generator.path} is {losses[0]:.5f} on cached latents and "
+                f"{losses[1]:.5f} on fresh ones, more than {LARGEST_LOSS_DIFFERENCE:.0%} apart"
+            )
+    stacks = zip(to_images(pixels), *map(to_images, decoded), strict=True)
+    return CacheCheck(
+        labelled_grid([ImageRow("", list(stacks))], columns=8),
+        match,
+        psnr(decoded[0], images).cpu().numpy(),
+        psnr(decoded[1], images).cpu().numpy(),
+        max(differences),
+        losses,
+        problems,
+    )
+
+
+def _check_count(plan: CachePlan, source: ImageSource) -> None:
+    if plan.count != len(source):
+        raise MismatchError(
+            f"the imported cache has {plan.count} items, {source.path} {len(source)} images: they "
+            "are compared by their number in sorted order, so the sets must be the same"
+        )
+
+
+def _pixels(source: ImageSource, indices: np.ndarray, size: int) -> np.ndarray:
+    """Squares (n, size, size, 3) uint8 of images that must all be readable."""
+    decoder = BatchDecoder(source, size, threads=default_threads())
+    (batch,) = decoder.batches([indices])
+    for place, reason in batch.unreadable.items():
+        raise InputError(f"{source.name(int(indices[place]))} in {source.path}: {reason}")
+    return batch.pixels
+
+
+@torch.inference_mode()
+def _losses(
+    cache: LatentCache,
+    generator: TrainedGenerator,
+    fresh: dict[str, Tensor],
+    rows: np.ndarray,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Mean loss over all views on cached and on fresh latents, with the same noise for both."""
+    if generator.identity["tokenizer"] != cache.tokenizer["fingerprint"]:
+        raise MismatchError(
+            f"the generator {generator.path} was trained on latents of the tokenizer "
+            f"{generator.identity['tokenizer']!r}, the cache is of "
+            f"{cache.tokenizer['fingerprint']!r}"
+        )
+    labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(device)
+    noise = Noise(_SEED, rows, device=device)
+    totals = np.zeros(2)
+    for view in cache.views:
+        cached = _stored(cache, rows, view, "mean", device)
+        mean, std = fresh[view]
+        if cache.has_posterior:
+            eps = noise.normal("posterior", cache.manifest.row_shape)
+            cached = cached + eps * _stored(cache, rows, view, "std", device)
+            mean = mean + eps * std
+        for place, z in enumerate((cached, generator.stats.normalize(mean))):
+            totals[place] += float(generator.model(z, labels, noise)) / len(cache.views)
+    return float(totals[0]), float(totals[1])
+
+
+def _stored(
+    cache: LatentCache, rows: np.ndarray, view: str, field: str, device: torch.device
+) -> Tensor:
+    """Rows of the cache (n, N, C), fp32."""
+    return torch.from_numpy(cache.rows(rows, view, field)).to(device, torch.float32)

@@ -1,0 +1,53 @@
+"""Statistics to normalise latents with, from a file: ``encode --stats FILE``."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from detok_pipe.generators.stats_import import read_channel_stats
+from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.manifest import MANIFEST, read_manifest
+from detok_pipe.latents.stats import LatentStats
+
+_FORMS = (
+    "a cache or its manifest.json, a .safetensors file with the tensors mean and std, or a "
+    "released stats.pkl"
+)
+
+
+def read_stats(path: Path, channels: int) -> LatentStats:
+    """The statistics that a file holds.
+
+    Args:
+        path: a cache's folder or manifest, safetensors with ``mean`` and ``std`` of any shape
+            with ``channels`` values, or a released tokenizer's ``stats.pkl`` (whose code is not
+            run).
+        channels: of the latents.
+
+    Raises:
+        ConfigError: no such file, of another kind, or of other channels.
+        CacheError: the manifest is damaged. CheckpointError: the pickle is.
+    """
+    if path.is_dir():
+        path = path / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"there are no statistics at {path}; --stats takes {_FORMS}")
+    if path.suffix == ".json":
+        stats = replace(read_manifest(path.parent, path.name).latent_stats, source="given")
+    elif path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+            mean, std = (tensors[name].reshape(-1) for name in ("mean", "std"))
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ConfigError(f"{path} holds no tensors mean and std: {error}") from error
+        stats = LatentStats(mean, std)
+    elif path.suffix in (".pkl", ".pickle"):
+        mean, std = read_channel_stats(path, channels)
+        stats = LatentStats(mean, std, source="published")
+    else:
+        raise ConfigError(f"{path} is of no known kind; --stats takes {_FORMS}")
+    if stats.channels != channels:
+        raise ConfigError(f"{path} has {stats.channels} channels, the latents {channels}")
+    return stats
