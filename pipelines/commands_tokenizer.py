@@ -100,11 +100,23 @@ def train_tok(
       detok-pipe train-tok detok-decoder --finetune-decoder runs/tok --data imagenet/train \\
         --out runs/tok-tuned
     """
+    from detok_pipe.latents.errors import ConfigError
     from detok_pipe.pipelines.images import open_images
     from detok_pipe.pipelines.tokenizer_inspection import Validation
     from detok_pipe.pipelines.tokenizer_presets import tokenizer_preset
-    from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer, with_network_of
+    from detok_pipe.pipelines.train_tokenizer import (
+        NETWORK,
+        describe,
+        train_tokenizer,
+        with_network_of,
+    )
 
+    for override in values["overrides"]:
+        if finetune is not None and override.partition("=")[0].strip() in NETWORK:
+            raise ConfigError(
+                f"--set {override}: the network is that of --finetune-decoder {finetune}; "
+                "leave it out"
+            )
     config = with_network_of(resolved(tokenizer_preset, preset, values), finetune)
     if values["dry_run"]:
         print_plan(config, describe(config, open_images(data)))

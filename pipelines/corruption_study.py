@@ -69,7 +69,7 @@ class CorruptionStudy:
         first = [ImageRow("original", [(image,) for image in to_images(originals[:images])])]
         return first + [
             ImageRow(
-                f"noise {cell.level:g}, hidden {cell.hidden:.0%}: {cell.psnr:.1f} dB",
+                f"noise {cell.level:g}, {cell.hidden:.0%} hidden: {cell.psnr:.1f} dB",
                 [(image,) for image in to_images(cell.rebuilt[:images])],
             )
             for cell in self.cells

@@ -1,13 +1,16 @@
 """The exponential moving average of a network's parameters."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Network]):
     """A second copy of a network that follows the first one slowly.
 
     torch's AveragedModel sends its step counter to the device in each step and waits for it;
@@ -17,7 +20,7 @@ class Ema:
         module: the averaged network, in evaluation mode, without gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Network) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()

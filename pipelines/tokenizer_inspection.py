@@ -140,6 +140,7 @@ def _scores(
             quiet=True,
         )
         scores["unreadable"] = len(scores["unreadable"])
+        scores.pop("feature dimensions", None)
         return {f"val/{name}": float(value) for name, value in scores.items()}
 
     return Inspection(validation.every, score)

@@ -51,7 +51,7 @@ def test_each_level_and_ratio_is_a_cell(gamma: float) -> None:
         assert (one.rebuilt.int() - other.rebuilt.int()).abs().max() <= 1
     rows = study.rows(PIXELS, images=3)
     assert [len(row.cells) for row in rows] == [3] * 5
-    assert rows[-1].label.startswith("noise 1, hidden 50%: ")
+    assert rows[-1].label.startswith("noise 1, 50% hidden: ")
     assert labelled_grid(rows).width > 3 * 96
 
 
