@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from skimage import data
 from torch import Tensor
@@ -206,6 +207,21 @@ def test_lite2_recognises_photographs(name: str, wanted: int, top: int) -> None:
     assert result["features"].shape == (1, extractor.dimensions)
     assert result["logits"] is not None
     assert wanted in result["logits"][0].topk(top).indices.tolist()
+
+
+def test_lite2_equals_timms_own_network() -> None:
+    """Batch norms are folded into convolutions, every one of them."""
+    network = timm.create_model("tf_efficientnet_lite2", pretrained=False).eval()
+    network.load_state_dict(module.efflite2_state())
+    images = _crops(4, data.coffee(), 3, size=64)
+    extractor = load_extractor("efficientnet-lite2", resolution=64)
+    ours = extractor(images)
+    assert ours["logits"] is not None
+    with torch.no_grad():
+        theirs = network((images / 255 - 0.5) / 0.5)  # already of the size that it takes
+    torch.testing.assert_close(ours["logits"], theirs, rtol=1e-4, atol=1e-4)
+    assert isinstance(extractor, module.EfficientNetLite2Features)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in extractor.network.modules())
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
