@@ -165,14 +165,11 @@ def _fold_batch_norms(module: nn.Module) -> None:
     before: nn.Module | None = None
     for name, child in module.named_children():
         if isinstance(child, BatchNormAct2d) and isinstance(before, nn.Conv2d):
+            mean, variance = child.running_mean, child.running_var
+            assert mean is not None
+            assert variance is not None
             before.weight, before.bias = fuse_conv_bn_weights(
-                before.weight,
-                before.bias,
-                child.running_mean,
-                child.running_var,
-                child.eps,
-                child.weight,
-                child.bias,
+                before.weight, before.bias, mean, variance, child.eps, child.weight, child.bias
             )
             setattr(module, name, child.act)
         else:

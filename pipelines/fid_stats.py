@@ -252,7 +252,8 @@ class _Work:
                     moments.update(rows)
                     features.append(rows[np.isin(np.arange(first, first + len(rows)), kept)])
                     task.advance(len(rows))
-                arrays = {**moments.arrays(), "features": np.concatenate(features)}
+                arrays: dict[str, Any] = moments.arrays()
+                arrays["features"] = np.concatenate(features)
                 with atomic_file(self._file(start)) as temporary, temporary.open("wb") as file:
                     np.savez(file, **arrays)
 
