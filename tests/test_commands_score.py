@@ -4,9 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from score_making import make_runs
 
+from detok_pipe.evaluation.frechet import FeatureStats
+from detok_pipe.evaluation.reference import write_reference
+from detok_pipe.evaluation.weights import INCEPTION
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines.cli import COMMANDS, main
 
@@ -119,7 +123,22 @@ def test_errors_say_what_to_do(
 ) -> None:
     samples, reference = tmp_path / "samples", runs / "reference.npz"
     assert run("sample", runs / "gen", "--num", 4, "--out", samples, *QUICK) == 0
+    damaged = tmp_path / "weights"
+    damaged.mkdir()
+    (damaged / INCEPTION.name).write_bytes(b"half a download")
+    write_reference(
+        tmp_path / "fid.npz",
+        FeatureStats(np.zeros(2048), np.eye(2048), 50_000),
+        extractor="FID",
+        settings={},
+        image_size=16,
+        source={},
+    )
     cases = [
+        (
+            ("score", samples, "--ref", tmp_path / "fid.npz", "--weights-dir", damaged),
+            "expected 6726825d",
+        ),
         (("sample", runs / "none", "--num", 4, "--out", samples), "none"),
         (("sample", runs / "tok", "--num", 4, "--out", samples), "generator"),
         (("sample", runs / "gen", "--num", 5, "--out", samples, *QUICK), "count"),
