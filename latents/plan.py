@@ -28,7 +28,7 @@ STORE_FORMATS: tuple[StoreFormat, ...] = ("webdataset", "zarr")
 VIEWS = ("image", "mirror")
 FIELDS = ("mean", "std")
 
-_REMEDY = "use another --out, or the settings that the cache was begun with"
+_BEGIN_ANEW = "use another --out, or the settings that the cache was begun with"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -177,8 +177,10 @@ class CachePlan:
         """SHA-256 of the plan: ties commit records to it."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
-    def check_same(self, other: CachePlan, where: str) -> None:
+    def check_same(self, other: CachePlan, where: str, remedy: str = _BEGIN_ANEW) -> None:
         """Checks that ``other``, this run's plan, is the one that ``where`` was begun with.
+
+        ``remedy`` tells what to do about it.
 
         Raises:
             MismatchError: names the first field that differs, with both values.
@@ -188,7 +190,7 @@ class CachePlan:
             name, old, new = difference
             raise MismatchError(
                 f"{where} was begun with another {name}: {_short(old)} there, {_short(new)} now; "
-                f"{_REMEDY}"
+                f"{remedy}"
             )
 
 

@@ -148,15 +148,20 @@ def make_plan(
     )
 
 
-def plan_from(plan: CachePlan, tokenizer: Encoder, source: ImageSource) -> CachePlan:
-    """``plan`` with this tokenizer and these images: equal to it where they are its own."""
-    return replace(
+def check_made_from(plan: CachePlan, tokenizer: Encoder, source: ImageSource, where: Path) -> None:
+    """Check that the cache at ``where`` was made from these images with this encoder.
+
+    Raises:
+        MismatchError: names the first field that differs, with both values.
+    """
+    theirs = replace(
         plan,
         encoder=tokenizer.identity,
         preprocessing=preprocessing(tokenizer.image_size),
         sources=sources_of(source),
         class_names=tuple(source.class_names),
     )
+    plan.check_same(theirs, str(where), "give the tokenizer and the images that it was made from")
 
 
 def planned_threads(out: Path) -> int | None:

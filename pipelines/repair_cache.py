@@ -7,7 +7,7 @@ import torch
 from detok_pipe.latents.repair import repair
 from detok_pipe.latents.verify import Problem
 from detok_pipe.latents.writer import CacheWriter
-from detok_pipe.pipelines.encode import Encoder, encode_shards, plan_from
+from detok_pipe.pipelines.encode import Encoder, check_made_from, encode_shards
 from detok_pipe.pipelines.images import ImageSource
 
 
@@ -30,7 +30,7 @@ def repair_cache(
     """
 
     def encode_again(writer: CacheWriter, shards: list[int]) -> None:
-        writer.plan.check_same(plan_from(writer.plan, tokenizer, source), str(cache))
+        check_made_from(writer.plan, tokenizer, source, cache)
         encode_shards(tokenizer, source, writer, shards, device=device, quiet=quiet)
 
     return repair(cache, encode_again)

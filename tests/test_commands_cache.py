@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,74 @@ def test_damage_is_found_and_mended(tokenizer, images, tmp_path, capsys):
     assert run("verify", cache) == 0
 
 
+def test_check_cache(tokenizer, images, tmp_path, capsys):
+    cache, picture = tmp_path / "cache", tmp_path / "check.png"
+    encode(tokenizer, images, cache)
+    check = ("check-cache", cache, "--tokenizer", tokenizer, "--out", picture, "-n", 4)
+    capsys.readouterr()
+    assert run(*check, "--data", images) == 0
+    assert "over 4 images" in capsys.readouterr().out
+    assert Image.open(picture).width > 4 * 16
+    for path in images.rglob("*.png"):  # the same names and sizes, other pixels
+        size = path.stat().st_size
+        for seed in range(200):
+            rng = np.random.default_rng([seed, size])
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+            if path.stat().st_size <= size:
+                break
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert run(*check, "--data", images) == 2
+    assert "does not hold the latents of its images" in capsys.readouterr().err
+
+
+def test_encode_with_statistics_of_another_cache(tokenizer, images, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    encode(tokenizer, images, first, "--no-mirror")
+    assert encode(tokenizer, images, second, "--stats", first / "manifest.json") == 0
+    assert open_cache(second).stats.same_transform(open_cache(first).stats)
+    assert open_cache(second).stats.source == "given"
+    assert encode(tokenizer, images, tmp_path / "c", "--stats", "published") == 2
+    assert "no normalisation is published" in capsys.readouterr().err
+    assert encode(tokenizer, images, tmp_path / "c", "--stats", "gone.pkl") == 2
+    assert "there are no statistics at gone.pkl" in capsys.readouterr().err
+
+
+def test_import_cache(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        path = tmp_path / "mar" / f"class{number % 3}" / f"{number}.JPEG.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moments = rng.standard_normal((2, 8, 3, 3)).astype(np.float32)
+        np.savez(path, moments=moments[0], moments_flip=moments[1])
+    out = tmp_path / "cache"
+    assert run("import-cache", tmp_path / "mar", "--out", out, "--format", "zarr") == 0
+    captured = capsys.readouterr()
+    assert "9 images, fingerprint" in captured.out
+    assert "9 items of mar" in captured.err
+    assert open_cache(out).manifest.format == "zarr"
+    assert run("verify", out) == 0
+    path.write_bytes(b"cut")
+    assert run("import-cache", tmp_path / "mar", "--out", tmp_path / "other", "-q") == 3
+    assert run("import-cache", tmp_path, "--out", tmp_path / "other", "-q") == 2
+    assert run("import-cache", tmp_path / "nowhere", "--out", tmp_path / "x") == 2
+
+
+def test_caches_and_images_at_urls(tokenizer, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETOK_STAGING", str(tmp_path / "staging"))
+    url, far = f"file://{tmp_path}/far/cache", tmp_path / "far" / "cache"
+    assert encode(tokenizer, f"file://{images}", url) == 0
+    assert f"{url}: 22 images" in capsys.readouterr().out
+    assert encode(tokenizer, images, tmp_path / "near") == 0
+    assert (far / "manifest.json").read_bytes() == (tmp_path / "near/manifest.json").read_bytes()
+    assert encode(tokenizer, images, url) == 0
+    shutil.rmtree(tmp_path / "staging")
+    assert run("verify", url) == 0
+    assert run("convert", url, "--format", "zarr", "--out", f"{url}-zarr", "-q") == 0
+    assert open_cache(tmp_path / "far" / "cache-zarr").manifest.format == "zarr"
+    assert run("info", f"{url}-none") == 2
+    assert "no finished latent cache at" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,7 +237,7 @@ def test_the_limit_of_pixels_is_that_of_decoding():
 
 def test_modules_of_the_command_line_are_light():
     code = (
-        "import sys, detok_pipe.pipelines.commands_cache; "
+        "import sys, detok_pipe.pipelines.commands_cache, detok_pipe.pipelines.commands_check; "
         "sys.exit(bool({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
