@@ -128,7 +128,7 @@ def labelled_grid(
 
     font = _font(max(13, min(22, height // 6)))
     names = [_printable(row.label) for row in rows]
-    limit = max(2 * width, 360)
+    limit = max(2 * width, 340)
     label_width = min(limit, max(int(font.getlength(name)) for name in names))
     left = _MARGIN + (label_width + _MARGIN if label_width else 0)
     line_height = depth * height + (depth - 1) * _GAP // 2

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from detok_pipe.latents.errors import ConfigError, Interrupted, MismatchError, NonFiniteError
 from detok_pipe.latents.noise import Noise
@@ -17,6 +19,7 @@ from detok_pipe.pipelines import train_tokenizer as trainer
 from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.adversary import Adversary, Pairs
 from detok_pipe.pipelines.config import Execution, TokenizerConfig
+from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import open_images
 from detok_pipe.pipelines.run_directory import (
@@ -30,6 +33,8 @@ from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer
 from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer
 from detok_pipe.tokenizer.discriminator import PatchDiscriminator
 from detok_pipe.tokenizer.losses import discriminator_losses, reconstruction_losses
+from detok_pipe.tokenizer.model import parameter_groups
+from detok_pipe.tokenizer.perceptual import FeatureDistance
 
 STEPS, START = 6, 3
 PLAIN = TokenizerConfig(
@@ -211,6 +216,43 @@ def test_the_discriminators_step_leaves_the_tokenizer_alone(images) -> None:
     after = list(adversary.discriminator.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert values.keys() >= {"discriminator_loss", "discriminator_real", "discriminator_fake"}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_a_step_waits_for_nothing_on_the_device() -> None:
+    """Fake tensors have no values, so whatever asks for one fails."""
+    config = ADVERSARIAL
+    with torch.device("meta"):
+        model, critic = build_tokenizer(config), PatchDiscriminator()
+        perceptual = FeatureDistance(timm.create_model("resnet10t"), stages=(0, 1))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        for network in (model, critic, perceptual):
+            network.to_empty(device="cpu")
+        images, ids = torch.empty(4, 3, 32, 32), torch.empty(4, dtype=torch.int64)
+        ema = Ema(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(
+                images,
+                Noise(config.seed, ids, step=3, device="cpu"),
+                gamma=config.gamma,
+                mask_ratio=config.mask_ratio,
+            )
+        assert output.reconstruction.device.type == "cpu"
+        losses = reconstruction_losses(
+            images,
+            output.reconstruction,
+            output.posterior,
+            perceptual=perceptual,
+            discriminator=critic,
+        )
+        losses["loss"].backward()
+        discriminator_losses(critic, images, output.reconstruction)["loss"].backward()
+        for network in (model, critic):
+            nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+            torch.optim.AdamW(parameter_groups(network, 1e-4), fused=True).step()
+        ema.update(model, config.ema)
+        with pytest.raises(DataDependentOutputException):  # that is: this test can fail
+            losses["loss"].item()
 
 
 @pytest.mark.parametrize("step", [1, START, START + 1])
