@@ -261,6 +261,8 @@ class _Work:
         return self.folder / f"{start:08d}.npz"
 
     def _write(self, stats: FeatureStats | None) -> None:
+        if self.out.exists():  # another run of the same command was faster
+            return
         moments, features = FeatureMoments(), []
         for start, _ in self.parts:
             path = self._file(start)

@@ -252,7 +252,7 @@ class _Gatherer:
             shlex.join([*again, "--seed", str(quickstart.seed)]),
             shlex.join(["detok-pipe", "info", f"{out}/cache"]),
             shlex.join(["detok-pipe", "verify", f"{out}/cache"]),
-            shlex.join(["detok-pipe", "report", f"{out}/generator"]),
+            shlex.join(["detok-pipe", "report", f"{out}/generator", "--sweep", f"{out}/sweep"]),
         ]
 
 

@@ -31,6 +31,7 @@ from detok_pipe.latents.plan import first_difference
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines.plots import Measured, Metric
 from detok_pipe.pipelines.processes import Processes
+from detok_pipe.pipelines.progress import progress
 from detok_pipe.pipelines.run_directory import versions
 from detok_pipe.pipelines.stored_features import (
     PIXELS,
@@ -155,6 +156,7 @@ def real_features(
     *,
     batch_size: int = 64,
     processes: Processes | None = None,
+    quiet: bool = False,
 ) -> np.ndarray | None:
     """Features (M, D) of the reference's real images: kept in its file, or of its images.
 
@@ -167,9 +169,13 @@ def real_features(
     processes = processes or Processes()
     count = reference.image_shape[0]
     start, stop = (count * (processes.rank + i) // processes.world for i in (0, 1))
-    images = reference.images(batch_size, start=start, stop=stop)
-    tables = processes.gather([features_of(extractor, [batch]) for batch in images])
-    return FeatureTable.joined(tables).features
+    quiet = quiet or not processes.is_main
+    tables = []
+    with progress("reference", total=stop - start, quiet=quiet) as task:
+        for batch in reference.images(batch_size, start=start, stop=stop):
+            tables.append(features_of(extractor, [batch]))
+            task.advance(len(batch))
+    return FeatureTable.joined(processes.gather(tables)).features
 
 
 def score(
@@ -210,7 +216,9 @@ def score(
     stored = StoredFeatures(store, tokenizer, extractor)
     stored.compute(stop=stop, batch_size=batch_size, processes=processes, name=name, quiet=quiet)
     if real is None:
-        real = real_features(reference, extractor, batch_size=batch_size, processes=processes)
+        real = real_features(
+            reference, extractor, batch_size=batch_size, processes=processes, quiet=quiet
+        )
     processes.wait()
 
     def on_main() -> tuple[Scores, dict[str, Any]]:

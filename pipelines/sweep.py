@@ -172,7 +172,7 @@ class _Work:
         self.compiled = compiled
         self.quiet = quiet
         self.real = real_features(
-            reference, extractor, batch_size=plan.batch_size, processes=processes
+            reference, extractor, batch_size=plan.batch_size, processes=processes, quiet=quiet
         )
 
     def score_at(self, scale: float, rung: int) -> tuple[Scores, dict[str, Any]]:
