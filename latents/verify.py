@@ -73,6 +73,18 @@ def verify(path: Path | str, *, hashes: bool = True) -> list[Problem]:
     return problems
 
 
+def damaged_files(path: Path | str, *, rank: int = 0, world: int = 1) -> list[Problem]:
+    """Files of a finished cache that are missing, or of another size or checksum; of every
+    ``world``-th file only, from file ``rank`` on, so that processes can share the reading.
+
+    Raises:
+        CacheError: there is no finished cache, or its manifest is damaged.
+    """
+    path = Path(path)
+    files = read_manifest(path).files[rank::world]
+    return [problem for record in files for problem in file_problems(path, record, hashes=True)]
+
+
 def _usable_manifest(path: Path) -> tuple[Manifest | None, list[Problem]]:
     """The manifest, or its backup where that is damaged."""
     problems = []

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import click
 
+from detok_pipe.pipelines.cli_cache_options import CACHE
 from detok_pipe.pipelines.cli_options import FOLDER, PATH, out_option, tokenizer_option
 from detok_pipe.pipelines.cli_score_options import feature_options
 from detok_pipe.pipelines.cli_train_options import (
@@ -18,7 +19,14 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 @click.command("train-gen")
 @click.argument("preset")
-@click.option("--latents", type=FOLDER, required=True, help="A finished latent cache.")
+@click.option(
+    "--latents",
+    type=CACHE,
+    required=True,
+    metavar="FOLDER|URL",
+    help="A finished latent cache; one at a URL (s3://...) is first copied to this machine.",
+)
+@click.option("--verify", is_flag=True, help="First read and hash every file of the cache.")
 @out_option("Run directory; the same command again goes on where it stopped.")
 @click.option(
     "--init-from",
@@ -67,6 +75,7 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 def train_gen(
     preset: str,
     latents: Path,
+    verify: bool,
     out: Path,
     init_from: Path | None,
     init_weights: Literal["ema", "model"],
@@ -119,4 +128,5 @@ def train_gen(
             resolution=resolution,
             weights_dir=weights_dir,
         ),
+        verify=verify,
     )

@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from detok_pipe.generators.patch import default_patch_size
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.cache import LatentCache, open_cache
-from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.errors import CacheError, ConfigError
 from detok_pipe.latents.loader import LatentLoader
 from detok_pipe.latents.noise import Noise
+from detok_pipe.latents.verify import damaged_files
 from detok_pipe.pipelines.accelerators import flushed_denormals
 from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
 from detok_pipe.pipelines.config import (
@@ -120,6 +123,16 @@ class Beginning:
         return {"run": str(self.run), **other.identity}
 
 
+def _check_hashes(latents: Path, accelerator: Accelerator) -> None:
+    rank, world = accelerator.process_index, accelerator.num_processes
+    problems = damaged_files(latents, rank=rank, world=world)
+    for problem in problems if world == 1 else gather_object(problems):
+        raise CacheError(
+            f"{latents} is damaged: {problem}; `detok-pipe verify {latents} --repair` mends it "
+            "where the images are at hand"
+        )
+
+
 def _build(config: GeneratorConfig, cache: LatentCache) -> torch.nn.Module:
     return build_generator(
         config.generator,
@@ -139,6 +152,7 @@ def train_generator(
     *,
     begin: Beginning | None = None,
     preview: Preview | None = None,
+    verify: bool = False,
 ) -> None:
     """Train (or go on training) the generator of ``config`` from the cache ``latents``.
 
@@ -148,6 +162,7 @@ def train_generator(
     Args:
         begin: begin with the weights of another run; by default with random ones.
         preview: how the training is looked at; by default not at all.
+        verify: first read and hash every file of the cache; the processes share them.
 
     Raises:
         CacheError: the cache is missing, unfinished or damaged.
@@ -159,6 +174,8 @@ def train_generator(
     config = fitted_to(config, cache)
     accelerator, config = start(config, execution, out)
     device = accelerator.device
+    if verify:
+        _check_hashes(latents, accelerator)
     rows = subset(cache, config)
     images = cache.num_rows if rows is None else len(rows)
     steps = duration_in_steps(config.duration, images=images, global_batch=config.global_batch)

@@ -109,7 +109,10 @@ def test_damage_is_found_and_mended(tokenizer, images, tmp_path, capsys):
     tar = next(cache.glob("image/*.tar"))
     whole = tar.read_bytes()
     tar.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
-    capsys.readouterr()
+    out = ("--out", tmp_path / "gen", "--device", "cpu")
+    assert run("train-gen", "sit-s", "--latents", cache, "--verify", *out) == 2
+    assert f"is damaged: image/{tar.name} has a wrong checksum" in capsys.readouterr().err
+    assert not (tmp_path / "gen").exists()
     assert run("verify", cache) == 2
     assert tar.name in capsys.readouterr().out
     assert run("verify", cache, "--repair") == 2

@@ -11,7 +11,7 @@ from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CacheError, DetokError, MismatchError
 from detok_pipe.latents.manifest import read_manifest
 from detok_pipe.latents.repair import repair
-from detok_pipe.latents.verify import describe, verify
+from detok_pipe.latents.verify import damaged_files, describe, verify
 from detok_pipe.latents.writer import CacheWriter
 
 FORMATS = ("webdataset", "zarr")
@@ -78,6 +78,18 @@ def test_flipped_bit_in_any_file(cache, whole):
     for name in flipped:
         flip_a_bit(cache / name)
     check_mended(cache, whole)
+
+
+def test_processes_share_the_hashing(cache):
+    names = [r.path for r in read_manifest(cache).files]
+    assert damaged_files(cache) == []
+    for name in names:
+        flip_a_bit(cache / name)
+    for world in (1, 3, 50):
+        found = [
+            p.file for rank in range(world) for p in damaged_files(cache, rank=rank, world=world)
+        ]
+        assert sorted(found) == sorted(names)
 
 
 def test_truncated_or_missing_shard(cache, whole):
