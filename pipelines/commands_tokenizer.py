@@ -1,6 +1,8 @@
 """Commands about tokenizers: training and evaluation."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,19 @@ PICTURE_SIDE = 128
 """Images in pictures are shrunk to so many pixels."""
 
 
-def numbers(_: click.Context, option: click.Parameter, text: str) -> list[float]:
-    """Numbers that are written with commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: write numbers with commas, as 0,0.5,1") from None
+def numbers(below: float) -> Callable[[click.Context, click.Parameter, str], list[float]]:
+    """Reads numbers that are written with commas, from 0 up to, not including, ``below``."""
+
+    def read(_: click.Context, option: click.Parameter, text: str) -> list[float]:
+        try:
+            values = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: write numbers with commas, as 0,0.5") from None
+        if not all(0 <= value < below for value in values):
+            raise click.BadParameter(f"{text}: the numbers must be at least 0 and below {below:g}")
+        return values
+
+    return read
 
 
 measure_options = together(
@@ -159,14 +168,14 @@ def train_tok(
     "levels",
     default="0,0.5,1,2",
     show_default=True,
-    callback=numbers,
+    callback=numbers(below=math.inf),
     help="Of --corruption, in units of the tokenizer's latent std.",
 )
 @click.option(
     "--hidden",
     default="0,0.3,0.5,0.7",
     show_default=True,
-    callback=numbers,
+    callback=numbers(below=1),
     help="Of --corruption: shares of the tokens.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)

@@ -150,13 +150,8 @@ def study_run(
     """`study_corruption` of a tokenizer run, with the noise in the form that it was trained on.
 
     Raises:
-        ConfigError: a level below 0 or a ratio outside [0, 1), or a tokenizer that is no l-DeTok.
+        ConfigError: a tokenizer that is no l-DeTok.
     """
-    if min(levels) < 0 or min(ratios) < 0 or max(ratios) >= 1:
-        raise ConfigError(
-            f"noise levels {list(levels)} must not be negative, and shares of hidden tokens "
-            f"{list(ratios)} must be in [0, 1)"
-        )
     model = tokenizer.model
     if not isinstance(model, LDeTok):
         raise ConfigError(f"{tokenizer.path}: only l-DeTok tokenizers can hide tokens")
