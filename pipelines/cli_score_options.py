@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from detok_pipe.evaluation.reference import Reference
     from detok_pipe.latents.sample_store import SampleStore
     from detok_pipe.pipelines.processes import Processes
+    from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
     from detok_pipe.pipelines.trained import TrainedTokenizer
 
 
@@ -157,10 +158,10 @@ def open_reference(
 
 
 def decoder_of(
-    store: "SampleStore", tokenizer: Path | None, processes: "Processes"
+    store: "SampleStore", tokenizer: "TokenizerChoice | None", processes: "Processes"
 ) -> "TrainedTokenizer":
     """The tokenizer that was named, or one beside the generator's run, to decode samples."""
     from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 
-    run = Path(store.extra["generator_run"])
-    return find_tokenizer(store.identity["tokenizer"], run, tokenizer, device=processes.device)
+    encoder, run = {"fingerprint": store.identity["tokenizer"]}, store.extra["generator_run"]
+    return find_tokenizer(encoder, Path(run), named=tokenizer, device=processes.device)

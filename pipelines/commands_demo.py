@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from detok_pipe.pipelines.cli_options import FOLDER, device_option, quiet_option, seed_option
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 
 @click.command("quickstart")
@@ -74,7 +75,7 @@ def quickstart(
 def report(
     run: Path,
     sweeps: tuple[Path, ...],
-    tokenizer: Path | None,
+    tokenizer: TokenizerChoice | None,
     out: Path | None,
     device: str | None,
     quiet: bool,

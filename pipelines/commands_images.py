@@ -20,6 +20,7 @@ from detok_pipe.pipelines.cli_score_options import (
     open_extractor,
     open_processes,
 )
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 
 @click.command("fid-stats")
@@ -93,7 +94,7 @@ def fid_stats(images: Path, out: Path, size: int, **values: Any) -> None:
 @quiet_option
 def export_images(
     samples: Path,
-    tokenizer: Path | None,
+    tokenizer: TokenizerChoice | None,
     out: Path,
     form: Any,
     num: int | None,

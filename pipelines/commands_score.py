@@ -26,6 +26,7 @@ from detok_pipe.pipelines.cli_score_options import (
     reference_options,
     sampling_options,
 )
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 if TYPE_CHECKING:
     from detok_pipe.generators.sampling import Sampling
@@ -79,22 +80,19 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
       torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli \\
         sample runs/mar-l -n 50000 --cfg 3.4 --out samples
     """
-    from detok_pipe.latents.errors import ConfigError
-    from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+    from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
     from detok_pipe.pipelines.preview import write_preview
     from detok_pipe.pipelines.sample import sample as draw
-    from detok_pipe.pipelines.trained import check_tokenizer_fits, load_generator
+    from detok_pipe.pipelines.trained import load_generator
 
     processes = open_processes(values["device"])
     generator = load_generator(run, device=processes.device, ema=values["ema"])
-    fingerprint, named = generator.identity["tokenizer"], values["tokenizer"]
-    tokenizer, missing = None, ""
-    try:
-        tokenizer = find_tokenizer(fingerprint, run, named, device=processes.device)
-    except ConfigError as error:
-        missing = str(error)
-    if tokenizer is not None:
-        check_tokenizer_fits(tokenizer, {"fingerprint": fingerprint}, f"the latents of {run}")
+    tokenizer, missing = tokenizer_if_any(
+        {"fingerprint": generator.identity["tokenizer"]},
+        run,
+        named=values["tokenizer"],
+        device=processes.device,
+    )
     store = draw(
         generator,
         out,
@@ -127,7 +125,7 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
 @feature_options
 @device_option
 @quiet_option
-def score(samples: Path, tokenizer: Path | None, num: int | None, **values: Any) -> None:
+def score(samples: Path, tokenizer: TokenizerChoice | None, num: int | None, **values: Any) -> None:
     """Score the sample store SAMPLES against reference statistics.
 
     Adds a line with every setting to SAMPLES/scores.jsonl.
@@ -210,7 +208,10 @@ def sweep_cfg(run: Path, **values: Any) -> None:
     reference = open_reference(processes, **values)
     generator = load_generator(run, device=processes.device, ema=values["ema"])
     tokenizer = find_tokenizer(
-        generator.identity["tokenizer"], run, values["tokenizer"], device=processes.device
+        {"fingerprint": generator.identity["tokenizer"]},
+        run,
+        named=values["tokenizer"],
+        device=processes.device,
     )
     extractor = open_extractor(processes, **values)
     plan = plan_for(

@@ -1,12 +1,13 @@
-"""Which tokenizer decodes these latents: the one that was named, or one that the run tells."""
+"""Which tokenizer decodes these latents: the one that was named, or one that can be found."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detok_pipe.latents.errors import ConfigError, DetokError
+from detok_pipe.latents.errors import ConfigError, DetokError, WeightsError
 from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
 from detok_pipe.pipelines.run_directory import CONFIG
 from detok_pipe.pipelines.tokenizers import open_tokenizer
@@ -14,63 +15,100 @@ from detok_pipe.pipelines.trained import TrainedTokenizer, check_tokenizer_fits,
 
 
 def find_tokenizer(
-    fingerprint: str,
-    run: Path,
+    encoder: Mapping[str, Any],
+    *beside: Path,
     named: TokenizerChoice | Path | None = None,
-    *,
     device: torch.device | str = "cpu",
+    download: bool = True,
 ) -> TrainedTokenizer:
-    """The tokenizer that was named; else the published one that the run's record names, or the
-    run in the folder of ``run`` that fits.
+    """The tokenizer that was named; else the published one that made the latents, or the run of
+    one that did.
 
     Args:
-        fingerprint: of the encoder that the latents come from.
-        run: a generator's run directory.
-        named: a tokenizer; with weights alone, those of the published one that the record names.
+        encoder: identity of the encoder that the latents come from; its "fingerprint" at least,
+            the rest is then read from the records of ``beside``.
+        beside: run directories or a cache; tokenizers' runs are looked for in the folders that
+            hold them.
+        named: a tokenizer; with weights alone, those of the published one that made the latents.
+        download: whether weights of a published one may be downloaded.
 
     Raises:
         ConfigError: none was named and none fits.
-        MismatchError: the run's record says that its latents come from another one.
+        MismatchError: the named one did not make the latents.
         WeightsError, CheckpointError: it cannot be loaded.
     """
-    record = _recorded(run)
+    encoder = _whole(encoder, beside)
     choice = TokenizerChoice(str(named)) if isinstance(named, Path) else named
     if choice is None or choice.name is None:
         weights = choice.weights if choice else None
-        if record.get("name") in PUBLISHED_TOKENIZERS:
-            choice = TokenizerChoice(record["name"], weights)
-        elif weights is not None:
-            raise ConfigError(
-                f"--weights {weights} is not needed: the latents of {run} come from a tokenizer "
-                "with a run directory; name that with --tokenizer"
-            )
+        if encoder.get("name") in PUBLISHED_TOKENIZERS:
+            choice = TokenizerChoice(encoder["name"], weights)
+        elif weights is None:
+            return _neighbour(encoder, beside, device)
         else:
-            return _neighbour(fingerprint, run, device)
-    tokenizer = open_tokenizer(choice, device=device)
-    check_tokenizer_fits(tokenizer, record, f"the latents that {run} was trained on")
+            raise ConfigError(
+                f"--weights {weights} belongs to a published tokenizer "
+                f"({', '.join(PUBLISHED_TOKENIZERS)}), and none of them made the latents of "
+                f"{beside[0]}; name a tokenizer's run directory with --tokenizer"
+            )
+    tokenizer = open_tokenizer(choice, device=device, download=download)
+    check_tokenizer_fits(tokenizer, encoder, f"the latents of {beside[0]}")
     return tokenizer
 
 
-def _recorded(run: Path) -> dict[str, Any]:
-    """The identity of the encoder that a generator's record names; empty where it names none."""
+def tokenizer_if_any(
+    encoder: Mapping[str, Any],
+    *beside: Path,
+    named: TokenizerChoice | Path | None = None,
+    wanted: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[TrainedTokenizer | None, str]:
+    """`find_tokenizer` for pictures that nobody asked for: nothing is downloaded for them.
+
+    Args:
+        wanted: it was asked for all the same, as it is where one was named.
+
+    Returns:
+        The tokenizer and "", or None and why there is none.
+
+    Raises:
+        DetokError: as `find_tokenizer`, where it was asked for.
+    """
+    if wanted or named is not None:
+        return find_tokenizer(encoder, *beside, named=named, device=device), ""
     try:
-        return dict(json.loads((run / CONFIG).read_text())["tokenizer"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return find_tokenizer(encoder, *beside, device=device, download=False), ""
+    except (ConfigError, WeightsError) as error:
+        return None, str(error)
 
 
-def _neighbour(fingerprint: str, run: Path, device: torch.device | str) -> TrainedTokenizer:
-    """The tokenizer's run beside ``run`` whose encoder made the latents."""
-    for config in sorted(run.resolve().parent.glob(f"*/{CONFIG}")):
+def _whole(encoder: Mapping[str, Any], beside: tuple[Path, ...]) -> dict[str, Any]:
+    """``encoder``, or the same one as a generator's record describes it."""
+    for run in beside:
+        try:
+            record = json.loads((run / CONFIG).read_text())["tokenizer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if record.get("fingerprint") == encoder["fingerprint"]:
+            return dict(record)
+    return dict(encoder)
+
+
+def _neighbour(
+    encoder: Mapping[str, Any], beside: tuple[Path, ...], device: torch.device | str
+) -> TrainedTokenizer:
+    """A tokenizer's run in the folders that hold ``beside``, whose encoder made the latents."""
+    folders = list(dict.fromkeys(path.resolve().parent for path in beside))
+    for config in (config for folder in folders for config in sorted(folder.glob(f"*/{CONFIG}"))):
         try:
             if json.loads(config.read_text()).get("kind") != "tokenizer":
                 continue
             tokenizer = load_tokenizer(config.parent, device=device)
         except (DetokError, OSError, ValueError):
             continue  # a neighbour that is no whole run is not what is looked for
-        if tokenizer.identity.get("fingerprint") == fingerprint:
+        if tokenizer.identity.get("fingerprint") == encoder["fingerprint"]:
             return tokenizer
     raise ConfigError(
-        f"no tokenizer in {run.resolve().parent} made the latents that {run} was trained on: name "
+        f"no tokenizer in {' or '.join(map(str, folders))} made the latents of {beside[0]}: name "
         "its run directory with --tokenizer"
     )

@@ -19,11 +19,11 @@ from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines import pictures
 from detok_pipe.pipelines.config import GeneratorConfig
-from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
 from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
-from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
 from detok_pipe.pipelines.schedules import untrained_share
 from detok_pipe.pipelines.score import score
@@ -92,19 +92,24 @@ def inspections(
         latents: the folder of ``cache``. out: the run directory.
 
     Raises:
-        ConfigError: no tokenizer is found that could decode; only where scores, or a tokenizer,
-            were asked for: else there are no grids.
+        ConfigError, WeightsError: no tokenizer is found that could decode; only where scores, or
+            a tokenizer, were asked for: else there are no grids.
         InputError, WeightsError: the reference or the feature network is not to be had.
     """
     if preview.sample_every is None and preview.score_every is None:
         return []
     processes = Processes(accelerator)
-    try:
-        tokenizer = _tokenizer(preview.tokenizer, cache, latents, out, processes)
-    except ConfigError as error:
-        if preview.score_every is not None or preview.tokenizer is not None:
-            raise
-        say(f"no sample grids: {error}", quiet=not processes.is_main)
+    with processes.main_first():
+        tokenizer, missing = tokenizer_if_any(
+            cache.tokenizer,
+            latents,
+            out,
+            named=preview.tokenizer,
+            wanted=preview.score_every is not None,
+            device=processes.device,
+        )
+    if tokenizer is None:
+        say(f"no sample grids: {missing}", quiet=not processes.is_main)
         return []
     sampler = _Sampler(config, cache, averaged, record, out)
     found = []
@@ -229,23 +234,3 @@ def _scores(
         return {name: measured.value for name, measured in scores.metrics.items()}
 
     return Inspection(preview.score_every, measure)
-
-
-def _tokenizer(
-    named: TokenizerChoice | Path | None,
-    cache: LatentCache,
-    latents: Path,
-    out: Path,
-    processes: Processes,
-) -> TrainedTokenizer:
-    """The tokenizer that was named, the published one of the cache, or a neighbour."""
-    fingerprint, published = cache.tokenizer["fingerprint"], cache.tokenizer.get("name")
-    with processes.main_first():
-        if named is None and published in PUBLISHED_TOKENIZERS:
-            named = TokenizerChoice(published)
-        if named is not None:
-            return find_tokenizer(fingerprint, out, named, device=processes.device)
-        try:
-            return find_tokenizer(fingerprint, latents, device=processes.device)
-        except ConfigError:
-            return find_tokenizer(fingerprint, out, device=processes.device)

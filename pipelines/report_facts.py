@@ -17,6 +17,7 @@ from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 from detok_pipe.pipelines.inspection import samples_folder
 from detok_pipe.pipelines.pictures import ImageRow
 from detok_pipe.pipelines.plots import Curve, Metric, curves_from_metrics
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.report_parts import ScoreRow
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
 from detok_pipe.pipelines.sweep import SWEEP, search_path
@@ -89,7 +90,7 @@ def gather_run(
     run: Path,
     *,
     sweeps: Sequence[Path] = (),
-    tokenizer: Path | None = None,
+    tokenizer: TokenizerChoice | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> RunFacts:
     """What a run directory and its sweeps tell.
@@ -129,10 +130,11 @@ def _read_sweeps(
     folders: Sequence[Path],
     run: Path,
     record: Mapping[str, Any],
-    tokenizer: Path | None,
+    tokenizer: TokenizerChoice | Path | None,
     device: torch.device | str,
 ) -> list[SweepFacts]:
-    decoder = find_tokenizer(record["inputs"]["tokenizer"], run, tokenizer, device=device)
+    encoder = {"fingerprint": record["inputs"]["tokenizer"]}
+    decoder = find_tokenizer(encoder, run, named=tokenizer, device=device)
     sweeps = []
     for folder in folders:
         try:

@@ -21,13 +21,17 @@ from detok_pipe.tokenizer.contract import Built
 
 
 def open_tokenizer(
-    which: str | Path | TokenizerChoice, *, device: torch.device | str = "cpu"
+    which: str | Path | TokenizerChoice,
+    *,
+    device: torch.device | str = "cpu",
+    download: bool = True,
 ) -> TrainedTokenizer:
     """A published tokenizer, or the one that a run directory holds.
 
     Args:
         which: a name of the table or a run directory, with ``weights`` in a `TokenizerChoice`.
             A folder that is called like a published tokenizer is meant by ``./sd-vae``.
+        download: whether weights of a published one may be downloaded.
 
     Raises:
         ConfigError: neither, or weights named for a run directory.
@@ -37,7 +41,7 @@ def open_tokenizer(
     if choice.name is None:
         raise ConfigError("no tokenizer is named: give its name or run directory (--tokenizer)")
     if choice.name in PUBLISHED_TOKENIZERS:
-        return load_published(choice.name, choice.weights, device=device)
+        return load_published(choice.name, choice.weights, device=device, download=download)
     run = Path(choice.name)
     if not run.is_dir():
         raise ConfigError(
@@ -53,19 +57,23 @@ def open_tokenizer(
 
 
 def load_published(
-    name: str, weights: Path | None = None, *, device: torch.device | str = "cpu"
+    name: str,
+    weights: Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    download: bool = True,
 ) -> TrainedTokenizer:
     """A tokenizer of the table with its published normalisation.
 
     Args:
-        weights: see `find_files`.
+        weights, download: see `find_files`.
 
     Raises:
         ConfigError: diffusers is not installed, or a ``config.json`` that is not of this kind.
         WeightsError, CheckpointError: weights are missing, damaged or of another tokenizer.
     """
     published = PUBLISHED_TOKENIZERS[name]
-    files = find_files(published, weights)
+    files = find_files(published, weights, download=download)
     with torch.random.fork_rng(devices=[]):
         built = build_published(published, files.config)
     model = built.model
