@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+from image_making import random_images
 from PIL import Image
 
 from detok_pipe.pipelines.cli import main
@@ -29,12 +29,7 @@ def settings(values: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(12):
-        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02}.png")
-    return folder
+    return random_images(tmp_path_factory.mktemp("images"), 12)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_making import random_images
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,12 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(21):
-        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+    return random_images(tmp_path_factory.mktemp("images"), 21)
 
 
 def command(images: Path, out: Path, processes: int, settings: tuple[str, ...]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_making import random_images
 from PIL import Image
 
 from detok_pipe.pipelines.cli import main
@@ -19,7 +20,7 @@ TUNING = (
 )
 GENERATOR = (
     *("model.width=16", "model.depth=1", "model.heads=2", "duration=2 steps", "global_batch=4"),
-    "precision=fp32",
+    *("precision=fp32", "ema=0.5"),
 )
 
 
@@ -37,12 +38,9 @@ def settings(values: tuple[str, ...]) -> list[str]:
 def runs(tmp_path_factory) -> Path:
     """A tokenizer "tok", its cache, a generator with samples, and the tuned tokenizer "tuned"."""
     folder = tmp_path_factory.mktemp("runs")
-    rng = np.random.default_rng(0)
     images = folder / "images"
-    for number in range(12):
-        (images / str(number % 2)).mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(images / str(number % 2) / f"{number}.png")
+    for name in ("a", "b"):
+        random_images(images / name, 6)
     tok, cache, data = folder / "tok", folder / "cache", ("--data", images)
     quiet = ("--quiet", "--device", "cpu")
     run("train-tok", "detok-sb", *data, "--out", tok, *settings(TOKENIZER), *quiet)
@@ -68,7 +66,15 @@ def test_both_decode_the_samples(runs: Path, tmp_path: Path) -> None:
 
 
 def test_both_are_scored(runs: Path, tmp_path: Path) -> None:
-    network = ("--features", "efficientnet-lite2", "--resolution", 128, "--device", "cpu", "--quiet")
+    network = (
+        "--features",
+        "efficientnet-lite2",
+        "--resolution",
+        128,
+        "--device",
+        "cpu",
+        "--quiet",
+    )
     reference = tmp_path / "reference.npz"
     run("fid-stats", runs / "images", "--size", 32, "--out", reference, *network)
     for name in ("tok", "tuned"):
