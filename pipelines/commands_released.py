@@ -120,5 +120,5 @@ def tokenizers() -> None:
         millions = f"{published.parameters / 1e6:.1f} M parameters"
         click.echo(f"{name}: {published.title}; {latents}, {millions}")
         missing = f"not here; downloaded at their first use, or {where_to_get(published)}"
-        click.echo(f"  weights: {cached(published) or missing}")
+        click.echo(f"  weights: {cached(published, published.weights) or missing}")
     click.echo("l-DeTok tokenizers go by their run directories: train-tok, import-checkpoint")

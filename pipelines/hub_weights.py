@@ -1,7 +1,9 @@
 """Weights of published tokenizers: found locally or in the hub's cache, or downloaded; read safely.
 
-The hub keeps a large file under its SHA-256, so a file of its cache is compared with what the
-hub announced when it was downloaded, and with the table's checksum where one is known.
+The hub announces the SHA-256 of a large file, and its cache keeps the file under that name: what
+was downloaded is compared with it whenever it is opened. Nobody publishes checksums elsewhere, so
+for ``--weights`` there is none to compare with; a cache records the hash of the tensors it was
+made with.
 """
 
 import re
@@ -37,7 +39,7 @@ class Files:
 def find_files(
     published: PublishedTokenizer, given: Path | None = None, *, download: bool = True
 ) -> Files:
-    """The files of a published tokenizer, their checksum compared where one is known.
+    """The files of a published tokenizer; those of the hub are compared with its checksum.
 
     Args:
         given: ``--weights``: a file, or a folder with one weights file and perhaps a
@@ -49,9 +51,9 @@ def find_files(
     if given is not None:
         return _given(published, given)
     weights = _from_hub(published, published.weights, download)
-    checksum = published.sha256 or weights.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", checksum):
-        check_sha256(weights, checksum)
+    announced = weights.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        check_sha256(weights, announced)
     config = published.config_file
     return Files(weights, None if config is None else _from_hub(published, config, download))
 
@@ -75,22 +77,23 @@ def _given(published: PublishedTokenizer, given: Path) -> Files:
     return Files(given, config if beside else None)
 
 
-def cached(published: PublishedTokenizer) -> Path | None:
-    """The weights file in the hub's cache, unchecked, or None."""
-    path = try_to_load_from_cache(published.repository, published.weights)
+def cached(published: PublishedTokenizer, name: str) -> Path | None:
+    """A file in the hub's cache, unchecked, or None."""
+    path = try_to_load_from_cache(published.repository, name)
     return Path(path) if isinstance(path, str) else None
 
 
 def _from_hub(published: PublishedTokenizer, name: str, download: bool) -> Path:
-    path = try_to_load_from_cache(published.repository, name)
-    if isinstance(path, str):
-        return Path(path)
-    reason = "downloads are switched off"
+    path = cached(published, name)
+    if path is not None:
+        return path
+    reason = "it is not downloaded for this"
     if download:
         try:
             return Path(hf_hub_download(published.repository, name))
         except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = f"the download failed ({str(error).splitlines()[0]})"
+            lines = str(error).splitlines() or [type(error).__name__]
+            reason = f"the download failed ({lines[0]})"
     raise WeightsError(
         f"{name} of {published.repository} is not in the hub's cache, and {reason}; "
         f"{where_to_get(published)}"

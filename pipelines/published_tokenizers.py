@@ -23,7 +23,6 @@ class PublishedTokenizer:
         config: network and normalisation, as a ``config.json`` has them.
         config_file: name of a ``config.json`` in the repository, whose values take precedence;
             None: it has none.
-        sha256: of the weights file; None: not published with it or not known to us.
     """
 
     title: str
@@ -34,7 +33,6 @@ class PublishedTokenizer:
     weights: str
     config: Mapping[str, Any] = field(default_factory=dict)
     config_file: str | None = None
-    sha256: str | None = None
 
 
 class TokenizerChoice(NamedTuple):
