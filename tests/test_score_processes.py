@@ -1,5 +1,6 @@
 """Sampling and scoring in real processes: several at once, and killed at random moments."""
 
+import json
 import os
 import random
 import subprocess
@@ -55,6 +56,23 @@ def test_two_processes_give_what_one_gives(runs: Path, tmp_path: Path) -> None:
         files = [{p.name: p.read_bytes() for p in s.glob("*.safetensors")} for s in stores]
         assert files[0] == files[1]
         assert len(files[0]) > 1
+
+
+def test_two_processes_share_the_images_of_a_reference(runs: Path, tmp_path: Path) -> None:
+    """As ADM's reference batch has them: statistics, and images whose features are computed."""
+    network = ("--features", "efficientnet-lite2", "--resolution", "32")
+    own, batch = tmp_path / "own.npz", tmp_path / "batch.npz"
+    _run("fid-stats", runs / "images", "--size", 16, "--out", own, "--keep-features", 0, *network)
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    with np.load(own) as arrays:
+        np.savez(batch, images, **arrays)
+    _run("sample", runs / "gen", "-n", 30, "--out", tmp_path / "s", *QUICK)
+    for processes in (1, 2):
+        _run("score", tmp_path / "s", "--ref", batch, *network, processes=processes)
+    one, two = map(json.loads, (tmp_path / "s" / "scores.jsonl").read_text().splitlines())
+    assert "9 real images" in one["settings"]["measures"]["kernel"]
+    for name, metric in one["metrics"].items():
+        assert two["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-4), name
 
 
 def test_killed_at_random_moments_gives_the_same_bits(runs: Path, tmp_path: Path) -> None:
