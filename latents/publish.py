@@ -13,6 +13,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -142,9 +143,18 @@ def publish(
     store = make_store(contents.plan.format, folder, layout)
     key = contents.key()
     stored = []
-    for shard in range(layout.shards):
-        stored.append(_stored_shard(folder, shard, store, layout, contents.labels, rows, key))
-        after_shard(shard)
+
+    def write(shard: int) -> StoredShard:
+        return _stored_shard(folder, shard, store, layout, contents.labels, rows, key)
+
+    # One shard is computed while another waits for the disk.
+    pool = ThreadPoolExecutor(2, thread_name_prefix="publish")
+    try:
+        for shard, part in enumerate(pool.map(write, range(layout.shards))):
+            stored.append(part)
+            after_shard(shard)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     files = [record for part in stored for record in part.files]
     files += store.write_metadata(contents.labels, contents.source_ids)
     small = {

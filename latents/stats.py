@@ -20,6 +20,8 @@ from detok_pipe.latents.errors import ConfigError
 Source = Literal["dataset", "given", "published"]
 Values = TypeVar("Values", Tensor, np.ndarray)
 
+_ROWS_AT_ONCE = 64  # of a 256 x 16 cache 2 MB in float64, which stay in a core's cache
+
 
 @dataclass(frozen=True, eq=False)
 class LatentStats:
@@ -130,6 +132,11 @@ class LatentStats:
             raise ConfigError(f"not a record of latent statistics: {error!r}") from error
 
 
+def _channel_sums(block: np.ndarray) -> np.ndarray:
+    """Sums (C,) of (R, ..., C): over rows first, which adds long vectors."""
+    return block.sum(0).reshape(-1, block.shape[-1]).sum(0)
+
+
 class StatsAccumulator:
     """Mean and standard deviation (population, ddof 0) per channel, in float64, in one pass.
 
@@ -145,15 +152,15 @@ class StatsAccumulator:
 
     def update(self, means: np.ndarray) -> None:
         """Adds posterior means (R, ..., C)."""
-        if not means.size:
-            return
-        values = means.reshape(-1, means.shape[-1]).astype(np.float64)
-        part = StatsAccumulator(values.shape[1])
-        part.values = len(values)
-        part.rows = len(means)
-        part.mean = values.mean(0)
-        part.deviations = np.square(values - part.mean).sum(0)
-        self.merge(part)
+        for start in range(0, len(means), _ROWS_AT_ONCE):
+            block = means[start : start + _ROWS_AT_ONCE].astype(np.float64)
+            part = StatsAccumulator(block.shape[-1])
+            part.rows = len(block)
+            part.values = block.size // block.shape[-1]
+            part.mean = _channel_sums(block) / max(1, part.values)
+            block -= part.mean
+            part.deviations = _channel_sums(np.square(block, out=block))
+            self.merge(part)
 
     def merge(self, other: StatsAccumulator) -> None:
         """Adds what another accumulator has seen."""
