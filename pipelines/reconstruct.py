@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from detok_pipe.pipelines.perceptual import lpips_term
 from detok_pipe.pipelines.pictures import labelled_grid, reconstruction_rows, to_images
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress
+from detok_pipe.tokenizer.contract import Tokenizer
 
 BASELINE_IMAGES = 1024
 """The mean image, whose PSNR is the baseline, is that of at most so many images."""
@@ -35,18 +36,8 @@ BASELINE_IMAGES = 1024
 _INCEPTION_SPLITS = 10
 
 
-class Autoencoder(Protocol):
-    """What scoring needs of a tokenizer; all published ones have it."""
-
-    channels: int
-
-    def encode_moments(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, z: Tensor) -> Tensor: ...
-
-
 @torch.inference_mode()
-def rebuild(model: Autoencoder, images: Tensor, *, bf16: bool = False) -> Tensor:
+def rebuild(model: Tokenizer, images: Tensor, *, bf16: bool = False) -> Tensor:
     """images (B, 3, H, W) in [-1, 1] -> uint8 (B, 3, H, W), decoded from the posterior's mean.
 
     Raises:
@@ -165,7 +156,7 @@ def open_measures(
 
 
 def evaluate_tokenizer(
-    model: Autoencoder,
+    model: Tokenizer,
     source: ImageSource,
     *,
     image_size: int,
@@ -261,7 +252,7 @@ def mean_image_psnr(pixels: np.ndarray) -> float:
 
 
 def reconstruction_picture(
-    model: Autoencoder,
+    model: Tokenizer,
     pixels: np.ndarray,
     *,
     columns: int = 8,
