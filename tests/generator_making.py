@@ -67,6 +67,12 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run) if "loss" in record]
 
 
+def train_long(cache: Path, run: Path) -> None:
+    """Some steps with many checkpoints: for processes that are started, and killed."""
+    execution = dataclasses.replace(QUIET, checkpoint_every=4)
+    train_generator(recipe(duration="24 steps"), cache, run, execution)
+
+
 def train_in_processes(folder: Path) -> None:
     """What each of torchrun's processes does; see ``test_training_processes.py``."""
     from accelerate import DistributedType
