@@ -15,6 +15,7 @@ from detok_pipe.tokenizer.perceptual import (
     LogitsDistance,
     PerceptualTerm,
     WeightedMean,
+    resized,
     unit_vectors,
 )
 
@@ -89,6 +90,13 @@ def test_lpips_refuses_other_networks(vgg_features: nn.Sequential) -> None:
         LPIPS(vgg_features, heads[:4])
     with pytest.raises(WeightsError, match=r"lack lin0.model.1.weight"):
         LPIPS.heads_of({})
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(48, 48, 32), (40, 56, 32), (20, 24, 32)])
+def test_resizing_is_torchvisions(height: int, width: int, size: int) -> None:
+    x = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    wanted = vision.resize(x, [size, size], antialias=True)
+    torch.testing.assert_close(resized(x, size), wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_unit_vectors_of_zeros_have_a_finite_gradient() -> None:

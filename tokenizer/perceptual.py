@@ -56,7 +56,7 @@ class PerceptualTerm(nn.Module, ABC):
 
     def _prepared(self, x: Tensor) -> Tensor:
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
+            x = resized(x, self.size)
         return (x - self.mean) / self.std
 
 
@@ -221,6 +221,23 @@ class WeightedMean(nn.Module):
             for weight, term in zip(self.weights, self.terms, strict=True)
         ]
         return torch.stack(values).sum()
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, size, size), bilinear and antialiased.
+
+    As two matrix products, because the gradient of torch's interpolation on a GPU differs from
+    run to run.
+    """
+    rows, columns = (_resizing(side, size, x.device) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+@torch.no_grad()
+def _resizing(side: int, size: int, device: torch.device) -> Tensor:
+    """The (size, side) matrix that resizes a column of ``side`` pixels."""
+    columns = torch.eye(side, device=device)[None, None]
+    return F.interpolate(columns, size=(size, side), mode="bilinear", antialias=True)[0, 0]
 
 
 def unit_vectors(x: Tensor) -> Tensor:
