@@ -16,7 +16,11 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 @click.argument("file", type=PATH)
 @click.option("--as", "name", required=True, help="What it is: detok-bb, mar-l, sit-b, ...")
 @out_option("Run directory to make.")
-@click.option("--stats", type=PATH, help="Of a generator's latents: the released stats.pkl.")
+@click.option(
+    "--stats",
+    type=PATH,
+    help="Of a generator's latents: the released stats.pkl. Default: a published tokenizer's own.",
+)
 @tokenizer_option(required=False)
 @click.option("--grid", help="Of a generator's latents, as 16x16; default: a square one.")
 @set_option

@@ -49,21 +49,22 @@ def import_checkpoint(
     Args:
         name: a tokenizer preset (detok-bb) or a generator (mar-l): what the file is of.
         overrides: ``key=value`` changes to the named one.
-        stats: for a generator, the statistics of its latents (``stats.pkl``).
+        stats: for a generator, the statistics of its latents (``stats.pkl``); None: those
+            published with the tokenizer.
         tokenizer: for a generator, its tokenizer.
         grid: of the generator's latents; None: a square one.
 
     Raises:
         CheckpointError: the file is missing, cut short, hostile or of another model.
-        ConfigError: an unknown name, or a generator without ``stats`` and ``tokenizer``.
+        ConfigError: an unknown name, or a generator without tokenizer or statistics.
     """
     if name in TOKENIZER_PRESETS:
         _import_tokenizer(file, name, out, overrides)
     elif name in generator_names():
-        if stats is None or tokenizer is None:
+        if tokenizer is None:
             raise ConfigError(
-                f"{name} samples normalised latents: name their statistics with --stats and the "
-                "tokenizer that decodes them with --tokenizer"
+                f"{name} samples normalised latents: name the tokenizer that decodes them with "
+                "--tokenizer, and their statistics with --stats"
             )
         _import_generator(file, name, out, overrides, stats, tokenizer, grid)
     else:
@@ -87,7 +88,7 @@ def _import_generator(
     name: str,
     out: Path,
     overrides: tuple[str, ...],
-    stats: Path,
+    stats: Path | None,
     tokenizer: TokenizerChoice | Path,
     grid: tuple[int, ...] | None,
 ) -> None:
@@ -99,7 +100,15 @@ def _import_generator(
             f"{file} makes latents {found.grid} x {found.channels}, the tokenizer {decoder.path} "
             f"decodes {tuple(decoder.model.grid)} x {decoder.model.channels}"
         )
-    mean, std = read_channel_stats(stats, found.channels)
+    normalisation = decoder.stats
+    if stats is not None:
+        mean, std = read_channel_stats(stats, found.channels)
+        normalisation = LatentStats(mean=mean, std=std, count=0, source="published")
+    if normalisation is None:
+        raise ConfigError(
+            f"the latents of {decoder.path} have no published statistics: name those that {file} "
+            "was trained with, with --stats"
+        )
     extra = {
         "latents": {
             "path": str(file),
@@ -107,7 +116,7 @@ def _import_generator(
             "channels": found.channels,
             "class_names": [str(label) for label in range(found.num_classes)],
             "num_classes": found.num_classes,
-            "stats": LatentStats(mean=mean, std=std, count=0, source="published").to_json(),
+            "stats": normalisation.to_json(),
         },
         "tokenizer": decoder.identity,
         "parameters": sum(value.numel() for value in found.model.values()),

@@ -2,11 +2,14 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from baseline_making import write_small
 
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
+from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.released import export_checkpoint, import_checkpoint
 from detok_pipe.pipelines.trained import load_generator, load_tokenizer
 from detok_pipe.tokenizer.model import LDeTok
@@ -106,5 +109,28 @@ def test_a_generator_needs_its_tokenizer_and_one_that_fits(released, tmp_path):
             tmp_path / "mar",
             overrides=GENERATOR,
             stats=released / "stats.pkl",
+            tokenizer=tmp_path / "tok",
+        )
+
+
+def test_a_published_tokenizer_brings_its_statistics(released, tmp_path):
+    weights = write_small("mar-vae", tmp_path / "weights")
+    import_checkpoint(
+        released / "mar.pth",
+        "mar-b",
+        tmp_path / "mar",
+        overrides=GENERATOR,
+        tokenizer=TokenizerChoice("mar-vae", weights),
+    )
+    generator = load_generator(tmp_path / "mar")
+    np.testing.assert_allclose(generator.stats.std, 1 / 0.2325)
+    assert generator.record["tokenizer"]["name"] == "mar-vae"
+    import_checkpoint(released / "tok.pth", "detok-bb", tmp_path / "tok", overrides=TOKENIZER)
+    with pytest.raises(ConfigError, match=r"no published statistics.*--stats"):
+        import_checkpoint(
+            released / "mar.pth",
+            "mar-b",
+            tmp_path / "other",
+            overrides=GENERATOR,
             tokenizer=tmp_path / "tok",
         )

@@ -71,7 +71,10 @@ def build(config: Mapping[str, Any]) -> Built:
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     model = KLVAE(image_size=options.pop("sample_size", 256), **options)
     stats = _normalisation(model.channels, **options)
-    encoder = {"groups": options.get("norm_num_groups", 32), "act": options.get("act_fn", "silu")}
+    encoder = {
+        "norm_groups": options.get("norm_num_groups", 32),
+        "activation": options.get("act_fn", "silu"),
+    }
     return Built(model, stats, encoder)
 
 
