@@ -97,18 +97,22 @@ class Reference:
         Raises:
             InputError: the file has images alone.
         """
+        return FrechetReference(self._statistics())
+
+    def _statistics(self) -> FeatureStats:
         if self.stats is None:
             raise InputError(
                 f"{self.path} has images but no statistics; compute them first: detok-pipe "
                 f"fid-stats {self.path} --out reference.npz"
             )
-        return FrechetReference(self.stats)
+        return self.stats
 
     def check(self, *, extractor: str, dimensions: int, image_size: int | None) -> None:
         """Check that images of ``image_size`` scored by ``extractor`` may be compared with this.
 
         Raises:
             MismatchError: another feature network, number of dimensions or image size.
+            InputError: the file has images alone.
         """
         if self.network != extractor:
             origin = "was made for" if self.extractor else "names no network, so it counts as"
@@ -116,7 +120,7 @@ class Reference:
                 f"{self.path} {origin} {self.network}, and the features are {extractor}'s; choose "
                 "the other network with --features, or make a reference: detok-pipe fid-stats"
             )
-        found = self.stats.dimensions if self.stats is not None else dimensions
+        found = self._statistics().dimensions
         if found != dimensions:
             raise MismatchError(
                 f"{self.path} has {found} feature dimensions, {extractor} has {dimensions}: it "

@@ -37,7 +37,11 @@ from detok_pipe.pipelines.score import (
     real_features,
     score,
 )
-from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
+from detok_pipe.pipelines.trained import (
+    TrainedGenerator,
+    TrainedTokenizer,
+    check_tokenizer_fits,
+)
 
 Search = Literal["grid", "halving"]
 SWEEP = "sweep.json"
@@ -268,6 +272,17 @@ def sweep(
             f"{extractor.dimensions} feature dimensions: use at least "
             f"{4 * (extractor.dimensions + 1)} samples a scale, or a grid"
         )
+    # Before hours of sampling, not after.
+    check_tokenizer_fits(
+        tokenizer,
+        {"fingerprint": generator.identity["tokenizer"]},
+        f"the generator {generator.path}",
+    )
+    reference.check(
+        extractor=extractor.name,
+        dimensions=extractor.dimensions,
+        image_size=tokenizer.image_size,
+    )
     work = _Work(
         plan,
         generator,

@@ -1,5 +1,6 @@
 """The sweep: same answer as scoring by hand, halving at half the cost, resumable."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from score_making import (
     tiny_tokenizer,
 )
 
-from detok_pipe.latents.errors import ConfigError, MismatchError
+from detok_pipe.evaluation.reference import read_reference
+from detok_pipe.latents.errors import ConfigError, DetokError, MismatchError
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines import sweep_output
 from detok_pipe.pipelines.score import read_records
@@ -129,6 +131,25 @@ def test_published_grids_and_temperatures(tmp_path: Path) -> None:
     assert mar.unguided.temperature == 0.95
     assert mar.unguided.guidance_scale == 1.0
     assert mar.sampling.temperature == 1.0
+
+
+def test_what_does_not_fit_is_said_before_anything_is_sampled(tmp_path: Path) -> None:
+    generator, out = tiny_generator(tmp_path), tmp_path / "sweep"
+    plan = plan_for(generator, scales=SCALES, sampling=QUICK, count=24)
+    fitting = tiny_reference(tmp_path / "fits.npz")
+    larger = tiny_reference(tmp_path / "32.npz", size=32)
+    np.savez(tmp_path / "images.npz", np.zeros((4, 16, 16, 3), np.uint8))
+    images = dataclasses.replace(
+        read_reference(tmp_path / "images.npz"), extractor=TinyFeatures.name
+    )
+    for tokenizer, reference, message in (
+        (tiny_tokenizer(fingerprint="other"), fitting, "does not belong to the generator"),
+        (tiny_tokenizer(), larger, "32 pixels a side"),
+        (tiny_tokenizer(), images, "images but no statistics"),
+    ):
+        with pytest.raises(DetokError, match=message):
+            sweep(plan, generator, tokenizer, TinyFeatures(), reference, out, quiet=True)
+    assert not out.exists()
 
 
 def test_bad_plans_are_named(tmp_path: Path) -> None:
