@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
-from detok_pipe.pipelines.accelerators import flushed_denormals
+from detok_pipe.pipelines.accelerators import flushed_denormals, tensor_float32
 from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
 from detok_pipe.pipelines.adversary import Adversary, Pairs
 from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_steps, from_json
@@ -216,25 +216,26 @@ def train_tokenizer(
             values |= against.update(pairs, micro_batch)
         return values
 
-    train(
-        "l-DeTok",
-        config,
-        execution,
-        out,
-        accelerator=accelerator,
-        parts=parts,
-        update=update,
-        steps=steps,
-        kind="tokenizer",
-        inputs=inputs,
-        facts={"data": {"path": str(data), "images": len(source)}},
-        inspections=inspections(
-            validation or Validation(),
+    with tensor_float32(config.precision == "bf16" and device.type == "cuda"):
+        train(
+            "l-DeTok",
             config,
-            ema.module,
-            source,
+            execution,
+            out,
             accelerator=accelerator,
-            out=out,
-        ),
-        describe_ids=lambda ids: ", ".join(loader.names(ids)),
-    )
+            parts=parts,
+            update=update,
+            steps=steps,
+            kind="tokenizer",
+            inputs=inputs,
+            facts={"data": {"path": str(data), "images": len(source)}},
+            inspections=inspections(
+                validation or Validation(),
+                config,
+                ema.module,
+                source,
+                accelerator=accelerator,
+                out=out,
+            ),
+            describe_ids=lambda ids: ", ".join(loader.names(ids)),
+        )

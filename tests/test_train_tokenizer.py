@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from detok_pipe.latents.errors import ConfigError, Interrupted, MismatchError, NonFiniteError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines import train_tokenizer as trainer
-from detok_pipe.pipelines.accelerators import make_accelerator
+from detok_pipe.pipelines.accelerators import make_accelerator, tensor_float32
 from detok_pipe.pipelines.adversary import Adversary, Pairs
 from detok_pipe.pipelines.config import Execution, TokenizerConfig
 from detok_pipe.pipelines.ema import Ema
@@ -295,6 +295,14 @@ def test_micro_batches_change_nothing_but_rounding(images, tmp_path, monkeypatch
     train_tokenizer(ADVERSARIAL, images, tmp_path / "adversarial", pieces)
     tracked = files(tmp_path / "adversarial")["discriminator"]["main.3.num_batches_tracked"]
     assert tracked == 2 * 3 * (STEPS - START)
+
+
+def test_rounded_matrix_products_are_over_when_the_training_is() -> None:
+    before = torch.get_float32_matmul_precision()
+    for wanted in (True, False):
+        with tensor_float32(wanted):
+            assert torch.get_float32_matmul_precision() == ("high" if wanted else before)
+        assert torch.get_float32_matmul_precision() == before
 
 
 def test_bf16_trains(images, tmp_path) -> None:
