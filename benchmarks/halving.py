@@ -1,7 +1,7 @@
 """How often halving finds the guidance scale that the full grid finds, and at what cost.
 
     python benchmarks/halving.py                       # synthetic features
-    python benchmarks/halving.py runs/quickstart-cpu   # and the generator of a quickstart
+    python benchmarks/halving.py runs/quickstart       # and the generator of a quickstart
 
 Each scale's features are computed once. A repetition draws the same rows of every scale's pool,
 as scales share labels and noise, and searches them as a grid and by halving. Halving agrees where
