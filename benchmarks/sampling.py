@@ -41,7 +41,8 @@ from detok_pipe.generators.backbone import Backbone
 from detok_pipe.generators.diffusion import schedule
 from detok_pipe.generators.dit import DiT
 from detok_pipe.generators.guidance import scale_at
-from detok_pipe.generators.head import HeadNet, HeadSampler
+from detok_pipe.generators.head_net import HeadNet
+from detok_pipe.generators.head_sampler import HeadSampler
 from detok_pipe.generators.mar import MAR, reveal_counts
 from detok_pipe.generators.registry import FAMILIES, build_generator, default_sampling
 from detok_pipe.generators.sampling import Sampling
@@ -264,11 +265,16 @@ def counted(run: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def sampler_flops(model: nn.Module, condition: Tensor, sampling: Sampling, noise: Noise) -> int:
-    """FLOPs of ``model.sample``, without running all of it."""
+def sampler_flops(model: nn.Module, batch: int, sampling: Sampling) -> int:
+    """FLOPs of ``model.sample``, counted on tensors without values."""
+    model = copy.deepcopy(model).to("meta")
+    condition, noise = (
+        torch.zeros(batch, dtype=torch.int64, device="meta"),
+        Noise(0, range(batch), device="meta"),
+    )
     if isinstance(model, Backbone):
         rows: list[int] = []
-        out = torch.zeros(1, model.places, model.outputs * model.channels, device=condition.device)
+        out = torch.zeros(1, model.places, model.outputs * model.channels, device="meta")
 
         def no_network(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             rows.append(len(x))
@@ -276,7 +282,7 @@ def sampler_flops(model: nn.Module, condition: Tensor, sampling: Sampling, noise
 
         with mock.patch.object(model, "network", no_network):
             model.sample(condition, sampling, noise)
-        x, t = out[..., : model.channels], torch.zeros(1, device=condition.device)
+        x, t = out[..., : model.channels], torch.zeros(1, device="meta")
         return sum(rows) * counted(lambda: model.network(x, t, condition[:1]))
     steps = sampling.steps or 100
     one, two = (
@@ -358,7 +364,7 @@ def compare(
             return timed(partial(run, model, condition, sampling, noise), clock)
 
     with torch.no_grad(), watched_heads(clock):
-        flops = sampler_flops(fast, condition, sampling, noise)
+        flops = sampler_flops(fast, batch, sampling)
         if compiled:
             fast.compile_sampler()
         if compiled or device.type == "cuda":

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detok_pipe.generators.attention import KeyValueCache
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.layers import (
     LAYER_NORM_EPS,
     AdaLNBlock,
     AnyNoise,
-    KeyValueCache,
     Modulation,
     learned_vectors,
     modulate,

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detok_pipe.generators.attention import Rope
 from detok_pipe.generators.guidance import combine
 from detok_pipe.generators.layers import (
     AdaLNBlock,
     AnyNoise,
     FinalLayer,
-    Rope,
     TimeEmbedding,
     drop_labels,
     gelu_mlp,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detok_pipe.generators.layers import AnyNoise, Rope
+from detok_pipe.generators.attention import Rope
+from detok_pipe.generators.layers import AnyNoise
 from detok_pipe.generators.sit import SiT
 from detok_pipe.latents.errors import ConfigError
 

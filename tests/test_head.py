@@ -99,7 +99,7 @@ def test_steps_ahead_do_not_show(head, golden, golden_draw, monkeypatch):
     draws = torch.stack([golden_draw(k, (6, 4)) for k in range(11)])
     sampler = head.sampler(Sampling(steps=10, clip=3.0))
     whole = sampler(golden["condition"], draws)
-    monkeypatch.setattr("detok_pipe.generators.head._ROWS_AHEAD", 18)
+    monkeypatch.setattr("detok_pipe.generators.head_sampler._ROWS_AHEAD", 18)
     torch.testing.assert_close(sampler(golden["condition"], draws), whole, rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kstest
 
 from detok_pipe.generators import flow
-from detok_pipe.generators.layers import rotate
+from detok_pipe.generators.attention import rotate
 from detok_pipe.generators.lightningdit import LightningDiT, RotaryTable
 from detok_pipe.generators.registry import default_sampling
 from detok_pipe.latents.errors import ConfigError
