@@ -4,6 +4,12 @@ All files of a cache are mapped into one range of addresses (each to its own pag
 it). A row is then a number of units from the range's beginning, and a batch is a single indexing
 of a strided view, whatever the number of files, which runs without Python's global lock and at the
 speed of a plain memory map. Needs a POSIX system.
+
+Files must stay as they are while a cache is open. Sizes are checked when it is opened. A file that
+is cut short or overwritten in place afterwards ends the process with a bus error as soon as a lost
+page is touched: asking for each file's size before each batch would cost as much as the reading,
+and leave a gap all the same. Replacing a file by a rename, as all of this product does, is safe:
+the old one stays mapped.
 """
 
 from __future__ import annotations

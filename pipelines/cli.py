@@ -5,6 +5,7 @@ Commands live in ``commands_*.py`` and are imported only when asked for, so that
 inputs were quarantined, 130 and 143 interrupted (SIGINT, SIGTERM) with the work saved.
 """
 
+import faulthandler
 import importlib
 import signal
 import sys
@@ -28,6 +29,7 @@ COMMANDS = {
     "convert": ("commands_cache", "Convert a latent cache between WebDataset and Zarr."),
     "import-cache": ("commands_cache", "Make a verified cache of another project's."),
     "train-gen": ("commands_generator", "Train a generator from a latent cache."),
+    "runs": ("commands_runs", "Tabulate runs and overlay their loss curves."),
     "sample": ("commands_score", "Draw sample latents from a generator."),
     "score": ("commands_score", "Score a sample store against reference statistics."),
     "sweep-cfg": ("commands_score", "Find the best guidance scale, then score there."),
@@ -79,6 +81,8 @@ def _raise_on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a code of the table in this module's docstring."""
+    # Where a cache's file is cut short while it is mapped, the system ends the process: say where.
+    faulthandler.enable()
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
     try:
         code = group.main(args=arguments, prog_name="detok-pipe", standalone_mode=False)

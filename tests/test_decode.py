@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import subprocess
+import sys
 import threading
 import time
 
@@ -284,3 +286,32 @@ def test_memory_budget_is_kept_and_a_larger_request_runs_alone():
         thread.join(10)
     assert len(most) == 21
     assert all(sum(together) <= 100 or together == [300] for together in most)
+
+
+def test_images_just_below_the_limit_take_bounded_memory(tmp_path):
+    """Six threads at a budget that holds one such image: they take turns."""
+    side = 2500
+    Image.new("RGB", (side, side), (200, 30, 10)).save(tmp_path / "large.png")
+    code = """if True:
+        import io, resource, sys
+        import numpy as np
+        from detok_pipe.pipelines.decode import BatchDecoder
+
+        class Source:
+            max_pixels = int(sys.argv[2])
+            def __len__(self): return 6
+            def name(self, index): return str(index)
+            def open(self, index): return open(sys.argv[1], "rb")
+
+        decoder = BatchDecoder(Source(), 64, threads=6, memory_budget=60_000_000)
+        def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = peak()
+        (batch,) = decoder.batches([np.arange(6)])
+        print(len(batch.unreadable), peak() - before)
+    """
+    command = [sys.executable, "-c", code, tmp_path / "large.png", str(side * side)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unreadable, grown = map(int, done.stdout.split())
+    assert unreadable == 0
+    # 50 MB is what one of them takes; without turns it would be six times that.
+    assert grown < 150_000_000

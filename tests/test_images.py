@@ -7,8 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset as wds
+from cache_making import plan_of, write_cache
 from PIL import Image
 
+from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import InputError
 from detok_pipe.pipelines.images import open_images
 
@@ -146,6 +148,21 @@ def test_list_file(tmp_path):
     assert open_images(away, root=tmp_path).identity == source.identity
 
 
+def test_a_hundred_thousand_classes(tmp_path):
+    count = 100_000
+    tree(tmp_path, {"n00000/a.png": picture()})
+    lines = "".join(f"n{label:05d}/a.png {label}\n" for label in range(count))
+    (tmp_path / "list.txt").write_text(lines)
+    source = open_images(tmp_path / "list.txt")
+    assert len(source.class_names) == count
+    assert source.class_names[-1] == "n99999"
+    assert source.labels.tolist() == list(range(count))
+    # A cache keeps them all: labels are checked against names whenever it is opened.
+    plan = plan_of(8, class_names=tuple(source.class_names))
+    write_cache(tmp_path / "c", plan)
+    assert open_cache(tmp_path / "c").num_classes == count
+
+
 def test_class_names_of_a_list_without_class_folders_are_numbers(tmp_path):
     tree(tmp_path, {"a.png": picture(), "b.png": picture()})
     listing = tmp_path / "list.txt"
@@ -260,6 +277,14 @@ def test_identity_follows_names_labels_and_order_not_the_place(tmp_path):
     first = open_images(tree(tmp_path / "x", files)).identity
     assert first["count"] == 2
     assert open_images(tree(tmp_path / "y", files)).identity == first
+    # The same names and labels with files of another size: known by the sizes alone.
+    assert open_images(tmp_path / "x").sizes_hash() == open_images(tmp_path / "y").sizes_hash()
+    tree(tmp_path / "y", {"a/1.png": picture(1) + b"more"})
+    assert open_images(tmp_path / "y").identity == first
+    assert open_images(tmp_path / "x").sizes_hash() != open_images(tmp_path / "y").sizes_hash()
+    (tmp_path / "y" / "a" / "1.png").unlink()
+    (tmp_path / "y" / "a" / "1.png").symlink_to("nowhere.png")
+    assert open_images(tmp_path / "y").sizes_hash() != open_images(tmp_path / "x").sizes_hash()
     more = open_images(tree(tmp_path / "y", {"b/3.png": picture(3)})).identity
     assert more["count"] == 3
     assert more["hash"] != first["hash"]

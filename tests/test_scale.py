@@ -1,7 +1,6 @@
 """1.28 million rows, in sparse files: memory and time to open do not grow with the rows."""
 
 import re
-import time
 from pathlib import Path
 
 import google_crc32c
@@ -68,13 +67,9 @@ def sparse(tmp_path_factory):
     return path
 
 
-def test_opens_in_a_second_and_little_memory(sparse):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        cache = open_cache(sparse)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0
+def test_opens(sparse):
+    """How long it takes is measured in benchmarks/cache.py."""
+    cache = open_cache(sparse)
     assert cache.num_rows == COUNT
     assert cache.num_classes == 1000
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cache_making import encode_shard, label_of, moments_of, plan_of, tree, write_cache
 
+from detok_pipe.latents import publish
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError, NonFiniteError
 from detok_pipe.latents.raw_rows import dense_rows
@@ -120,6 +121,16 @@ def test_fingerprint_follows_what_makes_the_rows_and_nothing_else(tmp_path):
     }
     assert len(set(prints.values())) == len(prints)
     assert fingerprint("zarr", format="zarr") == prints["base"]
+
+
+def test_a_newer_release_alone_gives_the_same_fingerprint_and_rows(tmp_path, monkeypatch):
+    write_cache(tmp_path / "old", plan_of())
+    monkeypatch.setattr(publish, "library_versions", lambda: {"detok-pipe": "99.0"})
+    write_cache(tmp_path / "new", plan_of())
+    old, new = open_cache(tmp_path / "old"), open_cache(tmp_path / "new")
+    assert old.manifest.created_with != new.manifest.created_with
+    assert old.fingerprint == new.fingerprint
+    assert old.manifest.files == new.manifest.files
 
 
 def test_given_statistics_are_used_and_recorded(tmp_path):
