@@ -2,7 +2,8 @@
 
 Commands live in ``commands_*.py`` and are imported only when asked for, so that
 ``detok-pipe -h`` answers at once. Exit codes: 0 done, 2 user error, 3 done but some
-inputs were quarantined, 130 and 143 interrupted (SIGINT, SIGTERM) with the work saved.
+inputs were quarantined, 130, 138 and 143 interrupted (SIGINT, SIGUSR1, SIGTERM) with the work
+saved.
 """
 
 import faulthandler
@@ -29,6 +30,7 @@ COMMANDS = {
     "convert": ("commands_cache", "Convert a latent cache between WebDataset and Zarr."),
     "import-cache": ("commands_cache", "Make a verified cache of another project's."),
     "train-gen": ("commands_generator", "Train a generator from a latent cache."),
+    "runs": ("commands_runs", "Tabulate runs and overlay their loss curves."),
     "runs": ("commands_runs", "Tabulate runs and overlay their loss curves."),
     "sample": ("commands_score", "Draw sample latents from a generator."),
     "score": ("commands_score", "Score a sample store against reference statistics."),

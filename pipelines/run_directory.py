@@ -109,9 +109,9 @@ def checkpoint_metrics(path: Path) -> dict[str, float]:
         return {}
 
 
-def score_of(metrics: Mapping[str, Any]) -> float | None:
-    """The Fréchet distance among some metrics, on Inception's or another network's features."""
-    return next((v for name, v in metrics.items() if name.startswith(_SCORES)), None)
+def score_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Name and value of the Fréchet distance among some metrics, of whatever network."""
+    return next(((n, v) for n, v in metrics.items() if n.startswith(_SCORES)), None)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
@@ -258,7 +258,8 @@ class RunDirectory:
         values = []
         for path in checkpoint_paths(self.path):
             metrics = checkpoint_metrics(path)
-            value = metrics.get("loss") if self._keep_best == "loss" else score_of(metrics)
+            score = score_of(metrics)
+            value = metrics.get("loss") if self._keep_best == "loss" else score and score[1]
             if value is not None:
                 values.append((value, -checkpoint_step(path), path))
         return min(values)[2] if values else None
