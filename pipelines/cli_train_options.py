@@ -74,6 +74,18 @@ execution_options = together(
     ),
     click.option("--compile", "compile", is_flag=True, help="Use torch.compile."),
     click.option(
+        "--activation-checkpointing",
+        is_flag=True,
+        help="Compute activations again in the backward pass: less memory, more time, same "
+        "results.",
+    ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        help="Take only GPU kernels that give the same bits each time, which are slower: a "
+        "resumed run then equals an uninterrupted one exactly, as it always does on a CPU.",
+    ),
+    click.option(
         "--tracker",
         "trackers",
         multiple=True,

@@ -62,11 +62,6 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 @feature_options
 @tokenizer_option(required=False)
 @click.option(
-    "--activation-checkpointing",
-    is_flag=True,
-    help="Compute activations again in the backward pass: less memory, more time, same results.",
-)
-@click.option(
     "--fsdp",
     is_flag=True,
     help="Shard the model over the GPUs, where it outgrows one (MAR-H, the XL and H sizes).",

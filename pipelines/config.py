@@ -187,6 +187,8 @@ class Execution:
     """Allow a longer duration than the run was started with."""
     compile: bool = False
     activation_checkpointing: bool = False
+    deterministic: bool = False
+    """Take only kernels that give the same bits each time."""
     fsdp: bool = False
     """Shard weights, gradients, optimizer state and EMA over the GPUs."""
     trackers: tuple[str, ...] = ("tensorboard",)

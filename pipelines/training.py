@@ -8,6 +8,7 @@ it had not been interrupted.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,9 @@ def start(config: Config, execution: Execution, out: Path) -> tuple[Accelerator,
         raise ConfigError(
             f"global_batch {config.global_batch} is no multiple of the {world} processes"
         )
+    if execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first use
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
     precision = resolve_precision(config.precision, accelerator.device)
     return accelerator, dataclasses.replace(config, precision=precision)

@@ -297,6 +297,18 @@ def test_micro_batches_change_nothing_but_rounding(images, tmp_path, monkeypatch
     assert tracked == 2 * 3 * (STEPS - START)
 
 
+def test_recomputed_activations_and_chosen_kernels_change_nothing(
+    images, tmp_path, finished
+) -> None:
+    other = dataclasses.replace(QUIET, activation_checkpointing=True, deterministic=True)
+    try:
+        train_tokenizer(ADVERSARIAL, images, tmp_path / "run", other)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(files(tmp_path / "run"), files(finished))
+
+
 def test_rounded_matrix_products_are_over_when_the_training_is() -> None:
     before = torch.get_float32_matmul_precision()
     for wanted in (True, False):
