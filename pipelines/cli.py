@@ -31,7 +31,6 @@ COMMANDS = {
     "import-cache": ("commands_cache", "Make a verified cache of another project's."),
     "train-gen": ("commands_generator", "Train a generator from a latent cache."),
     "runs": ("commands_runs", "Tabulate runs and overlay their loss curves."),
-    "runs": ("commands_runs", "Tabulate runs and overlay their loss curves."),
     "sample": ("commands_score", "Draw sample latents from a generator."),
     "score": ("commands_score", "Score a sample store against reference statistics."),
     "sweep-cfg": ("commands_score", "Find the best guidance scale, then score there."),
@@ -84,7 +83,8 @@ def _raise_on_sigterm(signum: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a code of the table in this module's docstring."""
     # Where a cache's file is cut short while it is mapped, the system ends the process: say where.
-    faulthandler.enable()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
     try:
         code = group.main(args=arguments, prog_name="detok-pipe", standalone_mode=False)
