@@ -109,7 +109,7 @@ def build_published(published: PublishedTokenizer, config: Path | None = None) -
         settings |= _read_config(config)
     try:
         return _module(published).build(settings)
-    except ConfigError as error:
+    except (ConfigError, TypeError) as error:  # a value of another type than ours
         raise ConfigError(f"{config or published.repository}: {error}") from error
 
 

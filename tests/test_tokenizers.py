@@ -166,6 +166,9 @@ def test_maetok_needs_its_configuration(small, tmp_path):
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON"):
         opened("maetok", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["maetok"], "image_size": "32"}))
+    with pytest.raises(ConfigError, match=r"config\.json: "):
+        opened("maetok", tmp_path)
 
 
 def hub_copy(folder: Path, repository: str, cache: Path, *, damaged: bool = False) -> None:
