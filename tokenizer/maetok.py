@@ -8,7 +8,7 @@ B images, N patches, K latent tokens, W width.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,33 +22,45 @@ from detok_pipe.tokenizer.contract import Built, Tokenizer
 from detok_pipe.tokenizer.layers import PixelShuffle, ToMap, attend, rotate
 
 
-class _Transformer(nn.Module):
-    """A ViT over [class, N image tokens, K latent tokens]; the encoder's and decoder's frame.
+class _Form(NamedTuple):
+    """What the encoder and the decoder have in common.
 
-    Args:
+    Attributes:
+        vit: name of a timm ViT. image_size, patch_size: in pixels. latent_tokens: K.
         rotary: turn the image tokens' queries and keys by learned angles.
     """
+
+    vit: str
+    image_size: int
+    patch_size: int
+    latent_tokens: int
+    rotary: bool
+
+    @property
+    def side(self) -> int:
+        """Patches a side of the image."""
+        return self.image_size // self.patch_size
+
+
+class _Transformer(nn.Module):
+    """A ViT over [class, N image tokens, K latent tokens]."""
 
     freqs_t_x: Tensor
     freqs_t_y: Tensor
 
-    def __init__(
-        self, name: str, image_size: int, patch_size: int, latent_tokens: int, *, rotary: bool
-    ) -> None:
+    def __init__(self, form: _Form) -> None:
         super().__init__()
         # Any: timm declares the class token and positions as optional, which `_vit` rules out.
-        self.model: Any = _vit(name, image_size, patch_size)
+        self.model: Any = _vit(form)
+        self.rotary = form.rotary
         width = self.model.embed_dim
-        side = image_size // patch_size
-        self.patches = side * side
-        self.latent_pos_embed = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
-        self.rotary = rotary
-        if rotary:
+        self.latent_pos_embed = nn.Parameter(torch.randn(1, form.latent_tokens, width) * 0.02)
+        if form.rotary:
             # By axis (column, row), layer, and pair of channels, head after head.
             self.freqs = nn.Parameter(torch.randn(2, len(self.model.blocks), width // 2))
-            place = torch.arange(self.patches)
-            self.register_buffer("freqs_t_x", (place % side).float())
-            self.register_buffer("freqs_t_y", (place // side).float())
+            place = torch.arange(form.side**2)
+            self.register_buffer("freqs_t_x", (place % form.side).float())
+            self.register_buffer("freqs_t_y", (place // form.side).float())
 
     def run(self, x: Tensor) -> Tensor:
         """(B, 1 + N + K, W) -> the same, after the blocks and the final norm."""
@@ -73,19 +85,10 @@ class _Transformer(nn.Module):
 class Encoder(_Transformer):
     """Images to K latent tokens."""
 
-    def __init__(
-        self,
-        name: str,
-        image_size: int,
-        patch_size: int,
-        latent_tokens: int,
-        *,
-        rotary: bool,
-        masked: bool,
-    ) -> None:
-        super().__init__(name, image_size, patch_size, latent_tokens, rotary=rotary)
+    def __init__(self, form: _Form, *, masked: bool) -> None:
+        super().__init__(form)
         width = self.model.embed_dim
-        self.latent_tokens = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
+        self.latent_tokens = nn.Parameter(torch.randn(1, form.latent_tokens, width) * 0.02)
         if masked:  # of training alone, in which patches are hidden
             self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
 
@@ -107,23 +110,16 @@ class Decoder(_Transformer):
         absolute: add the position embedding to the class and mask tokens.
     """
 
-    def __init__(
-        self,
-        name: str,
-        image_size: int,
-        patch_size: int,
-        latent_tokens: int,
-        *,
-        rotary: bool,
-        absolute: bool,
-    ) -> None:
-        super().__init__(name, image_size, patch_size, latent_tokens, rotary=rotary)
+    def __init__(self, form: _Form, *, absolute: bool) -> None:
+        super().__init__(form)
         width = self.model.embed_dim
         self.absolute = absolute
+        self.patches = form.side**2
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.to_pixel = nn.ModuleDict({"model": nn.Linear(width, patch_size**2 * 3)})
-        side = image_size // patch_size
-        self.unpatchify = nn.Sequential(ToMap((side, side)), PixelShuffle(patch_size))
+        self.to_pixel = nn.ModuleDict({"model": nn.Linear(width, form.patch_size**2 * 3)})
+        self.unpatchify = nn.Sequential(
+            ToMap((form.side, form.side)), PixelShuffle(form.patch_size)
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, K, W) -> images (B, 3, H, W)."""
@@ -170,10 +166,10 @@ class MAETok(Tokenizer):
         self.image_size = (image_size, image_size)
         self.grid = (latent_tokens,)
         self.channels = channels
-        sizes = (image_size, patch_size, latent_tokens)
-        self.encoder = Encoder(encoder, *sizes, rotary=rotary, masked=masked)
+        form = _Form(encoder, image_size, patch_size, latent_tokens, rotary)
+        self.encoder = Encoder(form, masked=masked)
         self.quant_conv = nn.Linear(self.encoder.model.embed_dim, channels)
-        self.decoder = Decoder(decoder, *sizes, rotary=rotary, absolute=absolute)
+        self.decoder = Decoder(form._replace(vit=decoder), absolute=absolute)
         self.post_quant_conv = nn.Linear(channels, self.decoder.model.embed_dim)
 
     def encode_moments(self, images: Tensor) -> Tensor:
@@ -185,19 +181,19 @@ class MAETok(Tokenizer):
         return self.decoder(self.post_quant_conv(z))
 
 
-def _vit(name: str, image_size: int, patch_size: int) -> VisionTransformer:
+def _vit(form: _Form) -> VisionTransformer:
     try:
         model = create_model(
-            name,
-            img_size=image_size,
-            patch_size=patch_size,
+            form.vit,
+            img_size=form.image_size,
+            patch_size=form.patch_size,
             num_classes=0,
             dynamic_img_size=False,
         )
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm has no ViT {name!r}: {error}") from error
+        raise ConfigError(f"timm has no ViT {form.vit!r}: {error}") from error
     if not isinstance(model, VisionTransformer) or model.num_prefix_tokens != 1:
-        raise ConfigError(f"{name} is no ViT with one class token, which MAETok needs")
+        raise ConfigError(f"{form.vit} is no ViT with one class token, which MAETok needs")
     return model
 
 
