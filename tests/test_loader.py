@@ -224,3 +224,14 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(cache):
         assert b.z.device.type == b.ids.device.type == "cuda"
         assert torch.equal(a.rows, b.rows.cpu())
         torch.testing.assert_close(a.z, b.z.cpu(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_deterministic_encoder_has_nothing_to_draw_from(tmp_path):
+    encoder = {"fingerprint": "e" * 64, "posterior": False}
+    plan = plan_of(8, fields=("mean",), views=("image",), encoder=encoder)
+    write_cache(tmp_path / "c", plan)
+    cache = open_cache(tmp_path / "c")
+    drawn = take(LatentLoader(cache, 4, 0), 3)
+    means = take(LatentLoader(cache, 4, 0, sample_posterior=False), 3)
+    for one, other in zip(drawn, means, strict=True):
+        assert torch.equal(one.z, other.z)

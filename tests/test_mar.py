@@ -168,3 +168,18 @@ def test_learns_eight_latents(one_thread):
     out = model.eval().sample(labels, sampling, Noise(1, range(8)))
     nearest = torch.cdist(out.flatten(1), z.flatten(1)).argmin(dim=1)
     assert nearest.tolist() == labels.tolist()
+
+
+def test_sequences_are_revealed_one_token_at_a_time():
+    for grid, wanted in (((6,), 6), ((3, 2), 6), ((12, 6), 64), ((72,), 72)):
+        torch.manual_seed(0)
+        model = MAR(grid=grid, channels=2, num_classes=2, width=16, depth=1, heads=2, head_width=16)
+        model.eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        labels, noise = torch.tensor([0]), Noise(0, [0])
+        usual = model.sample(labels, Sampling(steps=2, clip=3.0), noise)
+        stated = model.sample(labels, Sampling(steps=2, clip=3.0, iterations=wanted), noise)
+        fewer = model.sample(labels, Sampling(steps=2, clip=3.0, iterations=wanted - 1), noise)
+        assert torch.equal(usual, stated)
+        assert not torch.equal(usual, fewer)

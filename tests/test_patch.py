@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detok_pipe.generators.patch import patchify, token_grid, unpatchify
+from detok_pipe.generators.patch import default_patch_size, patchify, token_grid, unpatchify
 from detok_pipe.latents.errors import ConfigError
 
 
@@ -45,3 +45,8 @@ def test_channel_first_order_is_a_strided_convolution():
 def test_bad_sizes_are_named(grid, p):
     with pytest.raises(ConfigError, match=str(grid[0])):
         token_grid(grid, p)
+
+
+def test_the_usual_patch_size_follows_from_the_grid():
+    usual = {(16, 16): 1, (32, 32): 2, (64, 64): 2, (128,): 1, (1024,): 1, (17, 31): 1, (4, 4): 1}
+    assert {grid: default_patch_size(grid) for grid in usual} == usual

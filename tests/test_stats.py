@@ -96,3 +96,11 @@ def test_posterior_clamps_the_log_variance():
     posterior = Posterior(torch.tensor([[0.0, 0.0, -1e4, 1e4]]))
     assert posterior.logvar.tolist() == [[-30.0, 20.0]]
     assert torch.isfinite(posterior.kl()).all()
+
+
+def test_exact_latents_are_a_posterior_without_spread():
+    z = torch.randn(2, 5, 3)
+    posterior = Posterior(z, exact=True)
+    assert torch.equal(posterior.mean, z)
+    assert not posterior.std.any()
+    assert torch.equal(posterior.sample(torch.randn_like(z)), z)
