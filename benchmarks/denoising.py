@@ -54,7 +54,7 @@ RELATIVE = (0.0, 1.0, 2.0, 4.0)  # noise in units of the tokenizer's latent std
 ABSOLUTE = (1.0, 2.0, 4.0)
 HIDDEN = (0.0, 0.3, 0.5, 0.7)
 SHOWN = ((0.0, 0.0), (2.0, 0.0), (0.0, 0.7), (2.0, 0.5))  # in the picture: noise, hidden
-PICTURED = 8
+PICTURED = 6
 
 Cells = dict[tuple[float, float], float]  # (noise, hidden) -> PSNR in dB
 
@@ -116,7 +116,7 @@ def table(cells: dict[str, list[Cells]], levels: Iterable[float], hidden: Sequen
 
 def picture(pixels: np.ndarray, studies: dict[str, CorruptionStudy]) -> Image.Image:
     """Some originals, then for each corruption what both decoders make of them."""
-    some = slice(2, len(pixels), len(pixels) // PICTURED)
+    some = slice(1, len(pixels), len(pixels) // PICTURED)
     rows = [pictures.ImageRow("original", [(image,) for image in pictures.to_images(pixels[some])])]
     for level, hidden in SHOWN:
         for kind, study in studies.items():
@@ -125,7 +125,7 @@ def picture(pixels: np.ndarray, studies: dict[str, CorruptionStudy]) -> Image.Im
             if hidden:
                 corruption += f"{', ' if level else ''}{hidden:.0%} hidden"
             rows.append(pictures.ImageRow(f"{kind}: {corruption}", [(image,) for image in images]))
-    return pictures.labelled_grid(rows, side=96).quantize(128)
+    return pictures.labelled_grid(rows, side=96).quantize(64)
 
 
 @click.command(help=__doc__.splitlines()[0])

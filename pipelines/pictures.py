@@ -5,6 +5,7 @@ The same rows serve two readers. :func:`labelled_grid` draws them as one picture
 """
 
 import io
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def labelled_grid(
     font = _font(max(13, min(22, height // 6)))
     names = [_printable(row.label) for row in rows]
     limit = max(2 * width, 340)
-    label_width = min(limit, max(int(font.getlength(name)) for name in names))
+    label_width = min(limit, max(math.ceil(font.getlength(name)) for name in names))
     left = _MARGIN + (label_width + _MARGIN if label_width else 0)
     line_height = depth * height + (depth - 1) * _GAP // 2
     # Lines of a stack stand apart from the next stack; single images form an even grid.

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from detok_pipe.latents.errors import InputError
 from detok_pipe.pipelines import pictures
@@ -109,6 +109,16 @@ def test_any_label_leaves_the_images_untouched(label) -> None:
     picture = pictures.labelled_grid([ImageRow(label, [(RED,), (BLUE,)])], theme=DARK)
     assert len(boxes(picture, (255, 0, 0))) == len(boxes(picture, (0, 0, 255))) == 1
     assert picture.width < 600
+
+
+@pytest.mark.parametrize("label", ["noise 2, 50% hidden", "wide", "i", "original"])
+def test_a_label_that_fits_is_not_shortened(label, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, place, text, **_: drawn.append(text)
+    )
+    pictures.labelled_grid([ImageRow(label, [(RED,)])])
+    assert drawn == [label]
 
 
 def test_a_label_is_drawn() -> None:
