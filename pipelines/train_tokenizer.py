@@ -17,6 +17,7 @@ from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.perceptual import perceptual_term
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.run_directory import read_config
 from detok_pipe.pipelines.sharding import checkpoint_activations, compile_blocks
 from detok_pipe.pipelines.tokenizer_inspection import Validation, inspections
@@ -149,7 +150,8 @@ def train_tokenizer(
     adversary = None
     if config.adversarial_start is not None:
         adversary = Adversary(config, in_steps(config.adversarial_start, 0), accelerator)
-    perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
+    with Processes(accelerator).main_first():
+        perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
     loader = ImageLoader(
         source,
         config.image_size,
