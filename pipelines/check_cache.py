@@ -40,6 +40,9 @@ LEAST_PSNR_OF_SAMPLES = 20.0
 LARGEST_LOSS_DIFFERENCE = 0.01
 """Of a generator's loss on cached and fresh latents with the same noise, relative."""
 
+PICTURED = 8
+"""Images in the picture; numbers are of all."""
+
 _SEED = 0
 
 
@@ -48,7 +51,8 @@ class CacheCheck:
     """What was found.
 
     Attributes:
-        picture: a column an image: the image, its cached row decoded, its reconstruction.
+        picture: a column an image (the first eight): the image, its cached row decoded, its
+            reconstruction.
         match: PSNR in dB of cached rows decoded against reconstructions, (n,).
         cached, online: PSNR in dB of both against the images, (n,).
         latents: root mean square of the difference of means, in standard deviations.
@@ -147,9 +151,17 @@ def check_cache(
                 f"the loss of {generator.path} is {losses[0]:.5f} on cached latents and "
                 f"{losses[1]:.5f} on fresh ones, more than {LARGEST_LOSS_DIFFERENCE:.0%} apart"
             )
-    stacks = zip(to_images(pixels), *map(to_images, decoded), strict=True)
+    shown = slice(0, PICTURED)
+    rows_of_images = zip(
+        ("image", "from the cache", "without the cache"), (pixels, *decoded), strict=True
+    )
     return CacheCheck(
-        labelled_grid([ImageRow("", list(stacks))], columns=8),
+        labelled_grid(
+            [
+                ImageRow(label, [(i,) for i in to_images(some[shown])])
+                for label, some in rows_of_images
+            ]
+        ),
         match,
         psnr(decoded[0], images).cpu().numpy(),
         psnr(decoded[1], images).cpu().numpy(),

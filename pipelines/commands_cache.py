@@ -74,18 +74,21 @@ def encode(
 
     Several processes share the shards by their numbers, without a coordinator: none waits for
     another, any may be killed and started again, and their number may change. On several nodes
-    --out is a folder that all of them see. The process that writes the last shard finishes the
-    cache; if it is killed just then, `detok-pipe finalize` does.
+    --out is a folder that all of them see (with a URL, the staging folder $DETOK_STAGING is).
+    The process that writes the last shard finishes the cache; if it is killed just then, the
+    same command again or `detok-pipe finalize` does.
 
     \b
     Example:
       detok-pipe encode --tokenizer runs/tok --data imagenet/train --out cache --shards 313
       detok-pipe encode --tokenizer sd-vae --data imagenet/train --out cache-sd
       detok-pipe encode --tokenizer runs/tok --data s3://set/tars --out s3://set/cache
-    Eight GPUs; two nodes of eight; a Slurm array of 16 jobs, one GPU each:
+    Eight GPUs of one node:
       accelerate launch --num_processes 8 -m detok_pipe.pipelines.cli encode ...
-      accelerate launch --num_processes 16 --num_machines 2 --machine_rank $SLURM_NODEID \\
-        --main_process_ip $HEAD --main_process_port 29500 -m detok_pipe.pipelines.cli encode ...
+    Two nodes of eight, and sixteen jobs of a Slurm array with one GPU each:
+      srun bash -c 'accelerate launch --num_processes 16 --num_machines 2 \\
+        --machine_rank $SLURM_NODEID --main_process_ip $HEAD_NODE --main_process_port 29500 \\
+        -m detok_pipe.pipelines.cli encode ...'
       sbatch --array 0-15 --gpus 1 --wrap 'detok-pipe encode ... \\
         --rank $SLURM_ARRAY_TASK_ID --world $SLURM_ARRAY_TASK_COUNT'
     """
