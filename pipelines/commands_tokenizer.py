@@ -251,7 +251,7 @@ def eval_tok(
                 measured, pixels, levels=levels, ratios=hidden, device=processes.device
             )
             scores["corruption"] = study.to_json()
-            rows = study.rows(pixels[::4])
+            rows = study.rows(pixels, slice(None, None, 4))
             pictures.save(corruption, pictures.labelled_grid(rows, side=PICTURE_SIDE))
         click.echo(json.dumps(scores, indent=2))
     if scores["unreadable"]:

@@ -64,15 +64,18 @@ class CorruptionStudy:
         ]
         return {"latent std": self.latent_std, "cells": cells}
 
-    def rows(self, originals: np.ndarray, *, images: int = 8) -> list[ImageRow]:
-        """The originals (n, S, S, 3) uint8 and one row of rebuilt images a cell, with labels."""
-        first = [ImageRow("original", [(image,) for image in to_images(originals[:images])])]
-        return first + [
-            ImageRow(
-                f"noise {cell.level:g}, {cell.hidden:.0%} hidden: {cell.psnr:.1f} dB",
-                [(image,) for image in to_images(cell.rebuilt[:images])],
-            )
-            for cell in self.cells
+    def rows(self, originals: np.ndarray, shown: slice = slice(8)) -> list[ImageRow]:
+        """The images ``shown`` of the study's originals, and below them what each cell rebuilt."""
+
+        def row(label: str, images: np.ndarray | Tensor) -> ImageRow:
+            return ImageRow(label, [(image,) for image in to_images(images[shown])])
+
+        return [
+            row("original", originals),
+            *(
+                row(f"noise {c.level:g}, {c.hidden:.0%} hidden: {c.psnr:.1f} dB", c.rebuilt)
+                for c in self.cells
+            ),
         ]
 
 
@@ -112,7 +115,7 @@ def study_corruption(
             Posterior(model.encode_moments(to_float(part, device)).float()).mean
             for _, part in batches
         ]
-        variance = torch.cat(means).flatten(0, 1).double().var(dim=0, unbiased=False)
+        variance = torch.cat(means).cpu().flatten(0, 1).double().var(dim=0, unbiased=False)
         latent_std = variance.mean().sqrt().item()
         cells = []
         for level in levels:
