@@ -1,4 +1,8 @@
-"""Generators by name: one table of sizes, one constructor each."""
+"""Generators by name: one table of sizes, one constructor each.
+
+Every generator has `tokens`, `channels`, `num_classes` and the methods `loss(z, condition, noise)`
+(also its `forward`), `sample(condition, sampling, noise)` and `compile_sampler()`.
+"""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ from detok_pipe.generators.patch import patchify, token_grid, unpatchify
 
 
 class TokenGenerator(nn.Module):
-    """Base of the generators that predict a token's diffusion head condition.
+    """Base of the generators whose transformer gives each token's condition to a diffusion head.
 
-    A subclass makes its own layers, then calls `init_weights`.
+    A subclass makes its own layers, then calls `init_weights`. Module and parameter names follow
+    the published checkpoints.
 
     Args:
         width: W. grid: latent grid, (h, w) or (n,). channels: latent channels C.

@@ -53,7 +53,7 @@ def compile_errors() -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".")
         raise ConfigError(
             f"--compile does not work here: {reason}. It needs a C++ compiler on a CPU and Triton "
             "on a GPU; leave it out to go on without"

@@ -1,5 +1,6 @@
 """Sample stores: the same samples whatever the processes, batches and interruptions."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,24 @@ def test_compiled_samples_are_the_same(tmp_path: Path) -> None:
     plain = sample(tiny_generator(tmp_path), tmp_path / "a", **settings)
     compiled = sample(tiny_generator(tmp_path), tmp_path / "b", compiled=True, **settings)
     np.testing.assert_allclose(compiled.read(0, 3), plain.read(0, 3), atol=2e-3)
+
+
+def test_failure_to_compile_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object) -> None:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    with pytest.raises(ConfigError, match=r"--compile does not work here: .*no compiler here\. It"):
+        sample(
+            tiny_generator(tmp_path),
+            tmp_path / "x",
+            count=1,
+            sampling=QUICK,
+            compiled=True,
+            quiet=True,
+        )
 
 
 def test_preview(tmp_path: Path) -> None:
