@@ -115,9 +115,8 @@ def test_several_sweeps_are_told_apart() -> None:
 
 @pytest.mark.parametrize("name", [HOSTILE[0], HOSTILE[1], EVIL])
 def test_it_stands_any_name(name) -> None:
-    for sweeps in (1, 2):
-        made = report_run.run_page(run_facts(name, sweeps))
-        assert checked(report.render(made)).words.count(" ".join(name.split())) >= 8
+    made = report_run.run_page(run_facts(name, sweeps=2))
+    assert checked(report.render(made)).words.count(" ".join(name.split())) >= 8
 
 
 def test_a_run_that_has_just_begun_has_a_page() -> None:
