@@ -23,17 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detok_pipe.latents.block_reads import BlockReads
 from detok_pipe.latents.cache import LatentCache
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.noise import Noise
-from detok_pipe.latents.order import (
-    BLOCK_ROWS,
-    LANES,
-    ORDER_VERSION,
-    WINDOW_BLOCKS,
-    BlockOrder,
-    SampleOrder,
-)
+from detok_pipe.latents.order import LANES, ORDER_VERSION, BlockOrder, SampleOrder
 
 # Small batches are read several at a time, which halves what Python adds to the copying; with more
 # at once, the buffers in turn no longer fit into a core's cache, which costs a quarter.
@@ -134,7 +128,6 @@ class LatentLoader:
         self._set_order(mode)
 
     def _set_order(self, mode: str) -> None:
-        self._asked: tuple[int, int] | None = None
         rows = self.epoch_length
         self._order = (
             BlockOrder(rows, self.seed) if mode == "block" else SampleOrder(rows, self.seed)
@@ -205,39 +198,12 @@ class LatentLoader:
         rows = self._order.at(positions)
         return rows if self._subset is None else self._subset[rows]
 
-    def _read_ahead(self, positions: np.ndarray) -> None:
-        """Block mode: has the system fetch a window's blocks while the one before is in use.
-
-        Each time the stream moves on by a block a lane, one block of each of this process's lanes
-        is asked for, a window ahead; at the beginning, the window in use comes first.
-        """
-        order = self._order
-        assert isinstance(order, BlockOrder)
-        epoch, offset = divmod(int(positions[0]), order.n)
-        step = epoch, offset // (LANES * BLOCK_ROWS)
-        if step == self._asked:
-            return
-        blocks = range(WINDOW_BLOCKS) if self._asked is None else ()
-        self._asked = step
-        window, block = divmod(step[1], WINDOW_BLOCKS)
-        for part in blocks:
-            self._ask(order, epoch, window, part)
-        last = (order.n // LANES) // (WINDOW_BLOCKS * BLOCK_ROWS)
-        epoch, window = (epoch, window + 1) if window < last else (epoch + 1, 0)
-        self._ask(order, epoch, window, block)
-
-    def _ask(self, order: BlockOrder, epoch: int, window: int, block: int) -> None:
-        lanes = np.arange(LANES // self.world) * self.world + self.rank - epoch * order.n
-        columns = order.window(epoch, window)
-        for lane in (lanes % LANES).tolist():
-            rows = columns[:, lane]
-            rows = np.sort(rows[rows >= 0])[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
-            if self._subset is not None:
-                rows = self._subset[rows]
-            for view in self.views:
-                for field in self._fields:
-                    if len(rows):
-                        self.cache.reader.will_need(f"{view}/{field}", rows)
+    def _block_reads(self) -> BlockReads | None:
+        if not isinstance(self._order, BlockOrder):
+            return None
+        arrays = [f"{view}/{field}" for view in self.views for field in self._fields]
+        reader = self.cache.reader
+        return BlockReads(reader, arrays, self._order, self._subset, self.rank, self.world)
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self.host_batches()) as batches:
@@ -252,7 +218,10 @@ class LatentLoader:
         local = self.global_batch // self.world
         rows = min(_ROWS_A_READ, _BYTES_A_READ // self.cache.manifest.row_bytes)
         group = max(1, rows // local)
-        buffers = [_Buffers(self, group) for _ in range(-(-self.prefetch // group) + 2)]
+        block_reads = self._block_reads()
+        buffers = [
+            _Buffers(self, group, block_reads) for _ in range(-(-self.prefetch // group) + 2)
+        ]
         ahead = self._position
         waiting: deque[Future[_Buffers]] = deque()
         pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
@@ -299,9 +268,10 @@ class HostBatch:
 class _Buffers:
     """Room for some consecutive batches, pinned for a CUDA device, used again and again."""
 
-    def __init__(self, loader: LatentLoader, group: int) -> None:
+    def __init__(self, loader: LatentLoader, group: int, block_reads: BlockReads | None) -> None:
         self._loader = loader
         self._group = group
+        self._block_reads = block_reads
         cache = loader.cache
         size = group * loader.global_batch // loader.world
         pinned = loader.device.type == "cuda"
@@ -324,8 +294,8 @@ class _Buffers:
         steps = position + step * np.arange(self._group, dtype=np.int64)
         positions = (steps[:, None] + loader.positions(0)).reshape(-1)
         rows = loader.rows_at(positions)
-        if loader.mode == "block":
-            loader._read_ahead(positions)
+        if self._block_reads is not None:
+            self._block_reads.advance(int(positions[0]))
         choice = None
         if len(loader.views) > 1:
             draws = Noise(loader.seed, torch.from_numpy(positions)).uniform("view", ())
