@@ -1,11 +1,16 @@
 """The exponential moving average of a network's parameters."""
 
 import copy
+import warnings
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from detok_pipe.pipelines.schedules import untrained_share
+
+_TOO_EARLY = 0.05
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -32,6 +37,18 @@ class Ema(Generic[Network]):
         buffers = list(self.module.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))
+
+
+def warn_of_early_average(steps: int, decay: float, warm: bool) -> None:
+    """Warn where the average after ``steps`` steps is still much of the untrained network."""
+    share = untrained_share(steps, decay, warm)
+    if share > _TOO_EARLY:
+        warnings.warn(
+            f"after {steps:,} steps the averaged weights are still {share:.0%} those of the "
+            f"untrained network (ema {decay}): samples say little yet. Shorter runs want a smaller "
+            "ema or --set ema_warmup=true, when they begin; sample has --no-ema",
+            stacklevel=3,
+        )
 
 
 def _local(parameter: Tensor) -> Tensor:

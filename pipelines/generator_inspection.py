@@ -1,7 +1,6 @@
 """How a generator is looked at while it trains: sample grids and a distance, of EMA weights."""
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +18,19 @@ from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines import pictures
 from detok_pipe.pipelines.config import GeneratorConfig
+from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
 from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
-from detok_pipe.pipelines.schedules import untrained_share
 from detok_pipe.pipelines.score import score
 from detok_pipe.pipelines.stored_features import decode_latents
 from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
 
 _CLASSES, _COLUMNS, _SIDE = 8, 8, 96
 _SAMPLER: dict[str, Any] = {"steps": 50, "method": "euler", "clip": 5.0}
-_TOO_EARLY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +138,7 @@ class _Sampler:
     def generator(self, step: int) -> TrainedGenerator:
         """The EMA network after ``step`` steps; every process calls."""
         config = self._config
-        share = untrained_share(step, config.ema, config.ema_warmup)
-        if share > _TOO_EARLY:
-            warnings.warn(
-                f"after {step:,} steps the averaged weights are still {share:.0%} those of the "
-                f"untrained network (ema {config.ema}): samples say little yet; shorter runs want "
-                "a smaller ema, or --set ema_warmup=true",
-                stacklevel=2,
-            )
+        warn_of_early_average(step, config.ema, config.ema_warmup)
         return TrainedGenerator(
             model=self._averaged(),
             stats=self.cache.stats,

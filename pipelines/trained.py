@@ -14,6 +14,7 @@ from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, MismatchError
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, from_json
+from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.run_directory import Checkpoint, latest_checkpoint, read_config
 from detok_pipe.tokenizer.contract import Tokenizer, encoder_keys
 from detok_pipe.tokenizer.model import LDeTok
@@ -173,6 +174,9 @@ def load_generator(
     model = network_of(record, run)
     checkpoint = _newest(run)
     tensors = checkpoint.tensors("ema" if ema else "model")
+    config = record["config"]
+    if ema and checkpoint.step:  # imported weights have no step
+        warn_of_early_average(checkpoint.step, config["ema"], config["ema_warmup"])
     latents = record["latents"]
     _load(model, tensors, checkpoint)
     identity = {
