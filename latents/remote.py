@@ -1,9 +1,8 @@
-"""Caches and image sets on remote storage: anything that fsspec opens by URL (s3, gs, ...).
+"""Files on remote storage, whatever fsspec opens by URL (s3, gs, ...), by way of a local folder.
 
-Nothing is read or written across the network row by row. To read, files are copied into a local
-staging folder first (temporary name, checksum, rename); a cache is written in the staging folder
-and copied to its URL once it is finished, the manifest last. So a cache at a URL is whole or has
-no manifest, and a copy that was interrupted goes on where it stopped.
+Nothing is read across the network bit by bit: files are copied into a staging folder first
+(temporary name, checksum where one is known, rename) and read there. Caches at URLs are in
+:mod:`.place`.
 
 The staging folder of a URL lies in ``$DETOK_STAGING``, by default ``~/.cache/detok-pipe``, and
 stays: the next run finds the files there.
@@ -25,32 +24,9 @@ from typing import Any, TypeVar
 import fsspec
 from filelock import FileLock
 
-from detok_pipe.latents.atomic import (
-    atomic_file,
-    crc32c_file,
-    storage_errors,
-    write_bytes,
-    write_json,
-)
-from detok_pipe.latents.errors import (
-    CacheError,
-    ConfigError,
-    DetokError,
-    InputError,
-    MismatchError,
-)
-from detok_pipe.latents.manifest import (
-    BACKUP,
-    MANIFEST,
-    FileRecord,
-    Manifest,
-    check_file,
-    check_relative,
-    parse_manifest,
-    read_manifest,
-    write_manifest,
-)
-from detok_pipe.latents.publish import INDEX, PLAN, QUARANTINE, SOURCES, plan_of
+from detok_pipe.latents.atomic import atomic_file, crc32c_file, storage_errors, write_json
+from detok_pipe.latents.errors import CacheError, ConfigError, DetokError, InputError
+from detok_pipe.latents.manifest import check_relative
 
 STAGING_VARIABLE = "DETOK_STAGING"
 _LISTING = ".staged.json"
@@ -75,7 +51,7 @@ def staging_folder(url: str) -> Path:
     return root / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
-def _nothing(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     pass
 
 
@@ -163,72 +139,7 @@ class Remote:
             self._files.put_file(str(source), where)
 
 
-class Place:
-    """A cache's location, a path or a URL, and the local folder where it is worked on.
-
-    Attributes:
-        folder: the path itself, or the URL's staging folder.
-    """
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-        self.remote = is_remote(location)
-        self.folder = staging_folder(location) if self.remote else Path(location)
-
-    def __str__(self) -> str:
-        return self.location
-
-    def fetch(self, progress: Progress = _nothing) -> Path:
-        """Makes sure that a finished cache is in ``folder``; nothing to do for a path.
-
-        Raises:
-            CacheError: there is no finished cache, or a file is damaged.
-            InputError, StorageError: the copy failed.
-        """
-        if self.remote:
-            remote = Remote(self.location)
-            with self._lock():
-                manifest = self._remote_manifest(remote)
-                if manifest is None:
-                    raise CacheError(f"there is no finished latent cache at {self.location}")
-                _fetch_cache(remote, manifest, self.folder, progress)
-        return self.folder
-
-    def begin(self, progress: Progress = _nothing) -> Path:
-        """The folder to write a cache in; a finished one at the URL is fetched into it."""
-        if self.remote and self._remote_manifest(Remote(self.location)) is not None:
-            return self.fetch(progress)
-        return self.folder
-
-    def publish(self, progress: Progress = _nothing) -> None:
-        """Copies the finished cache in ``folder`` to the URL; nothing to do for a path.
-
-        Raises:
-            MismatchError: the URL holds, or was begun as, another cache.
-            StorageError, InputError: the copy failed.
-        """
-        if self.remote:
-            with self._lock():
-                _send_cache(self.folder, Remote(self.location), progress)
-
-    def _lock(self) -> FileLock:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self.folder}.lock")
-
-    def _remote_manifest(self, remote: Remote) -> Manifest | None:
-        data = remote.read(MANIFEST)
-        return None if data is None else _parsed(data, f"{self.location}/{MANIFEST}")
-
-
-def _parsed(data: bytes, where: str) -> Manifest:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{where} is damaged: it is no JSON ({error})") from error
-    return parse_manifest(value, where)
-
-
-def _on_each(items: Collection[Job], work: Callable[[Job], None], progress: Progress) -> None:
+def on_each(items: Collection[Job], work: Callable[[Job], None], progress: Progress) -> None:
     """Does the work on some threads; the first error ends it."""
     pool = ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer")
     try:
@@ -238,54 +149,7 @@ def _on_each(items: Collection[Job], work: Callable[[Job], None], progress: Prog
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fetch_cache(remote: Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
-    if (folder / MANIFEST).exists():
-        if read_manifest(folder) == manifest:
-            return  # whoever opens it checks the files' sizes
-        # Another cache was put there since: this copy is none until it is the new one.
-        (folder / MANIFEST).unlink()
-
-    def fetched(record: FileRecord) -> None:
-        whole = check_file(folder, record) is None
-        if not whole or crc32c_file(folder / record.path) != record.crc32c:
-            remote.fetch(record.path, folder / record.path, record.crc32c)
-        if record.path in (INDEX, QUARANTINE, SOURCES):
-            write_bytes(folder / BACKUP / record.path, (folder / record.path).read_bytes())
-
-    _on_each(manifest.files, fetched, progress)
-    write_bytes(folder / PLAN, plan_of(manifest).to_bytes())
-    write_manifest(folder, manifest)
-
-
-def _send_cache(folder: Path, remote: Remote, progress: Progress) -> None:
-    manifest = read_manifest(folder)
-    backup = f"{BACKUP}/{MANIFEST}"  # goes first: it tells whose files are there
-    begun = remote.read(MANIFEST) or remote.read(backup)
-    if begun is not None and _parsed(begun, remote.url) != manifest:
-        raise MismatchError(
-            f"{remote.url} holds, or was begun as, another cache; choose another --out, or remove "
-            "what is there"
-        )
-    there = remote.listing()
-    if MANIFEST in there:
-        return
-    if begun is None:
-        if there:
-            raise ConfigError(f"{remote.url} is not empty ({min(there)}) and holds no latent cache")
-        remote.put(folder / backup, backup)
-    names = [record.path for record in manifest.files] + [PLAN]
-    names += [f"{BACKUP}/{n}" for n in (INDEX, QUARANTINE, SOURCES) if (folder / n).exists()]
-
-    def sent(name: str) -> None:
-        size = (folder / name).stat().st_size
-        if name not in there or there[name]["size"] != size:
-            remote.put(folder / name, name)
-
-    _on_each(names, sent, progress)
-    remote.put(folder / MANIFEST, MANIFEST)
-
-
-def stage_files(url: str, progress: Progress = _nothing) -> Path:
+def stage_files(url: str, progress: Progress = no_progress) -> Path:
     """Copies a remote file, or all files below a remote folder, into the staging folder.
 
     Files that have not changed since an earlier copy stay; local ones that are gone at the URL
@@ -314,7 +178,7 @@ def stage_files(url: str, progress: Progress = _nothing) -> Path:
     with storage_errors(folder), FileLock(f"{folder}.lock"):
         _remove_outdated(folder, listing)
         missing = [name for name in listing if not (folder / name).exists()]
-        _on_each(missing, lambda name: remote.fetch(name, folder / name), progress)
+        on_each(missing, lambda name: remote.fetch(name, folder / name), progress)
     return result
 
 

@@ -10,7 +10,7 @@ import click
 from detok_pipe.pipelines.cli_options import FOLDER, seed_option, together
 
 if TYPE_CHECKING:
-    from detok_pipe.latents.remote import Place
+    from detok_pipe.latents.place import Place
     from detok_pipe.pipelines.images import ImageSource
 
 
@@ -22,7 +22,7 @@ class Cache(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if isinstance(value, Path):
             return value
-        from detok_pipe.latents.remote import Place
+        from detok_pipe.latents.place import Place
 
         place = Place(value)
         if not place.remote:
@@ -53,7 +53,7 @@ class Target(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> "Place":
-        from detok_pipe.latents.remote import Place
+        from detok_pipe.latents.place import Place
 
         return value if isinstance(value, Place) else Place(value)
 

@@ -28,7 +28,7 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 if TYPE_CHECKING:
     from detok_pipe.latents.manifest import Manifest
-    from detok_pipe.latents.remote import Place
+    from detok_pipe.latents.place import Place
 
 DONE_WITH_QUARANTINE = 3
 """Exit code: everything is done, but some inputs were unreadable and are listed."""
@@ -136,7 +136,7 @@ def finalize(context: click.Context, cache: Path, quiet: bool) -> None:
     Example:
       detok-pipe finalize cache
     """
-    from detok_pipe.latents.remote import Place
+    from detok_pipe.latents.place import Place
     from detok_pipe.latents.writer import CacheWriter
     from detok_pipe.pipelines.encode import finish
 

@@ -18,7 +18,8 @@ from detok_pipe.latents.errors import (
     MismatchError,
     StorageError,
 )
-from detok_pipe.latents.remote import Place, is_remote, stage_files, staging_folder
+from detok_pipe.latents.place import Place
+from detok_pipe.latents.remote import is_remote, stage_files, staging_folder
 from detok_pipe.latents.verify import verify
 from detok_pipe.pipelines.images import open_images
 
