@@ -67,8 +67,10 @@ class Place:
         return self.folder
 
     def begin(self, progress: Progress = no_progress) -> Path:
-        """The folder to write a cache in; a finished one at the URL is fetched into it."""
-        if self.remote and self._remote_manifest(Remote(self.location)) is not None:
+        """The folder to write a cache in. Where it is new and the URL has a finished cache, that
+        is fetched, so that whoever goes on with it finds it done."""
+        new = self.remote and not (self.folder / PLAN).exists()
+        if new and self._remote_manifest(Remote(self.location)) is not None:
             return self.fetch(progress)
         return self.folder
 
@@ -106,6 +108,10 @@ def _fetch_cache(remote: Remote, manifest: Manifest, folder: Path, progress: Pro
             return  # whoever opens it checks the files' sizes
         # Another cache was put there since: this copy is none until it is the new one.
         (folder / MANIFEST).unlink()
+    listed = {record.path for record in manifest.files}
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        if path.relative_to(folder).as_posix() not in listed:
+            path.unlink()
 
     def fetched(record: FileRecord) -> None:
         whole = check_file(folder, record) is None
@@ -115,6 +121,7 @@ def _fetch_cache(remote: Remote, manifest: Manifest, folder: Path, progress: Pro
             write_bytes(folder / BACKUP / record.path, (folder / record.path).read_bytes())
 
     on_each(manifest.files, fetched, progress)
+    # Written last: a folder with a plan is one that somebody works on, or a whole copy.
     write_bytes(folder / PLAN, plan_of(manifest).to_bytes())
     write_manifest(folder, manifest)
 

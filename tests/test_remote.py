@@ -149,10 +149,20 @@ def test_damage_there_is_named_and_never_taken_over(url, here):
 
 def test_a_cache_that_was_replaced_there_is_fetched_anew(url, here, tmp_path):
     published(url, here).fetch()
-    write_cache(tmp_path / "other", plan_of(seed=2), BAD)
+    write_cache(tmp_path / "other", plan_of(20, seed=2), BAD)  # of fewer shards
+    files, root = fsspec.core.url_to_fs(url)
+    files.rm(root, recursive=True)
     for name, data in tree(tmp_path / "other").items():
         write(url, name, data)
     assert tree(Place(url).fetch()) == tree(tmp_path / "other")
+
+
+def test_work_in_the_staging_folder_is_never_fetched_over(url, here):
+    place = published(url, here)
+    write_cache(place.folder, plan_of(seed=2), finalize=False)
+    before = tree(place.folder)
+    assert place.begin() == place.folder
+    assert tree(place.folder) == before
 
 
 def test_another_cache_there_is_not_overwritten(url, here, tmp_path):
