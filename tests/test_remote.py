@@ -65,6 +65,7 @@ def published(url, here):
 def test_what_is_a_url(tmp_path):
     assert is_remote("s3://bucket/x")
     assert is_remote("simplecache::gs://bucket/x")
+    assert not is_remote("pipe:touch /tmp/x; curl http://x")
     for path in ("cache", "/data/cache", "./a:b", "C:\\cache"):
         assert not is_remote(path)
         assert Place(path).folder.name == path.rsplit("/", 1)[-1]

@@ -8,6 +8,7 @@ import pytest
 import webdataset as wds
 import zarr
 from cache_making import CHANNELS, TOKENS, plan_of, tree, write_cache
+from generator_making import QUIET, recipe, write_latents
 
 from detok_pipe.latents import publish
 from detok_pipe.latents.cache import open_cache
@@ -16,6 +17,7 @@ from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError
 from detok_pipe.latents.manifest import read_manifest
 from detok_pipe.latents.verify import verify
 from detok_pipe.latents.writer import CacheWriter
+from detok_pipe.pipelines.train_generator import train_generator
 
 BAD = (3, 11, 12, 36)
 
@@ -188,3 +190,14 @@ def test_stored_shard_records_of_other_content_are_not_reused(tmp_path):
         writer.commit(shard, moments, *rest)
     writer.finalize()
     assert verify(tmp_path / "c") == []
+
+
+def test_a_run_goes_on_with_the_converted_cache_and_refuses_another(tmp_path):
+    write_latents(tmp_path / "c")
+    convert(tmp_path / "c", tmp_path / "z", "zarr")
+    write_latents(tmp_path / "other", count=40)
+    train_generator(recipe(), tmp_path / "c", tmp_path / "run", QUIET, verify=True)
+    train_generator(recipe(), tmp_path / "z", tmp_path / "run", QUIET)
+    found, asked = (open_cache(tmp_path / name).fingerprint for name in ("c", "other"))
+    with pytest.raises(MismatchError, match=f"cache: '{found}' there, '{asked}' now"):
+        train_generator(recipe(), tmp_path / "other", tmp_path / "run", QUIET)
