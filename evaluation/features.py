@@ -144,10 +144,10 @@ class EfficientNetLite2Features:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         check_images(images)
-        x = images.to(self.device).contiguous(memory_format=torch.channels_last).float()
+        x = images.to(self.device).float().contiguous()
         size = (self.resolution, self.resolution)
         x = F.interpolate(x, size, mode="bicubic", antialias=True)  # (B, 3, R, R)
-        x = (x / 255 - 0.5) / 0.5
+        x = ((x / 255 - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
         features = self.network.forward_head(self.network.forward_features(x), pre_logits=True)
         logits = self.network.get_classifier()(features)
         return {"features": features, "logits": logits}  # (B, 1280), (B, 1000)
