@@ -271,7 +271,7 @@ class _Work:
                     moments.merge(FeatureMoments.from_arrays(arrays))
                     features.append(arrays["features"])
             except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-                raise CacheError(f"{path} is damaged ({error}); remove it and go on") from error
+                raise CacheError(f"{path} is damaged ({error}); remove it, run again") from error
         write_reference(
             self.out,
             moments.finish() if stats is None else stats,
