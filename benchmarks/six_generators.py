@@ -1,7 +1,7 @@
 """All six generators on one latent cache of real pictures: equal budgets, two seeds each.
 
     detok-pipe quickstart                            # makes the tokenizer, the cache, the reference
-    python benchmarks/six_generators.py              # half an hour on one processor core
+    python benchmarks/six_generators.py              # forty minutes on one processor core
     python benchmarks/six_generators.py --steps 5000 --device cuda
 
 Each generator sees the same images in the same order for a seed, as many steps of the same batch,

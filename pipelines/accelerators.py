@@ -51,7 +51,7 @@ def make_accelerator(
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     mixed = {"bf16": "bf16", "fp32": "no"}[resolve_precision(precision, state.device)]
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=mixed,
             cpu=cpu,
             # No buffer that is trained with needs to be the same on all processes.
@@ -65,6 +65,13 @@ def make_accelerator(
         )
     except ValueError as error:
         raise ConfigError(f"trackers {','.join(execution.trackers)}: {error}") from error
+    # Accelerate leaves out those whose package is not there without a word.
+    missing = set(execution.trackers) - {str(name) for name in accelerator.log_with}
+    if missing:
+        raise ConfigError(
+            f"--tracker {', '.join(sorted(missing))}: its package is not installed; pip install it"
+        )
+    return accelerator
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin:

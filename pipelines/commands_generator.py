@@ -32,7 +32,8 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
     "--init-from",
     type=FOLDER,
     metavar="RUN",
-    help="Begin with the weights of another generator run of the same network.",
+    help="Begin with the weights of another generator run of the same network, or of one of its "
+    "checkpoints (RUN/checkpoints/step-...).",
 )
 @click.option(
     "--init-weights",

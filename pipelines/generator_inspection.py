@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
@@ -16,20 +15,19 @@ from detok_pipe.evaluation.reference import find_reference
 from detok_pipe.latents.cache import LatentCache
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.sample_store import SampleStore
-from detok_pipe.pipelines import pictures
 from detok_pipe.pipelines.config import GeneratorConfig
 from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
 from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
+from detok_pipe.pipelines.preview import preview_grid
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
-from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
+from detok_pipe.pipelines.sample import sample, sampled_classes, sampling_of
 from detok_pipe.pipelines.score import score
-from detok_pipe.pipelines.stored_features import decode_latents
 from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
 
-_CLASSES, _COLUMNS, _SIDE = 8, 8, 96
+_CLASSES, _COLUMNS = 8, 8
 _SAMPLER: dict[str, Any] = {"steps": 50, "method": "euler", "clip": 5.0}
 
 
@@ -177,19 +175,13 @@ class _Sampler:
 def _grids(
     every: int, sampler: _Sampler, tokenizer: TrainedTokenizer, accelerator: Accelerator
 ) -> Inspection:
-    names = sampler.cache.class_names
-
     def draw(step: int) -> Mapping[str, float]:
         generator = sampler.generator(step)
         if accelerator.is_main_process:
             alone = Processes(device=accelerator.device)
             classes = sampled_classes(generator)[:_CLASSES]
             with sampler.samples(generator, alone, _COLUMNS * len(classes), classes) as store:
-                z = store.read(0, store.count)
-            images = pictures.to_images(decode_latents(tokenizer, generator.stats, z))
-            labels = labels_of(np.arange(len(images)), classes).tolist()
-            rows = pictures.class_rows(images, labels, names, per_class=_COLUMNS)
-            grid = pictures.labelled_grid(rows, side=_SIDE)
+                grid = preview_grid(store, tokenizer)
             save_picture(accelerator, sampler.out, "samples", grid, step)
         return {}
 

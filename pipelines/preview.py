@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines import pictures
@@ -15,14 +16,13 @@ PREVIEW = "preview.png"
 _ROWS, _COLUMNS, _SIDE = 8, 8, 128
 
 
-def write_preview(store: SampleStore, tokenizer: TrainedTokenizer) -> Path:
-    """Decode the store's first samples, at most 64, to ``preview.png`` in its folder.
+def preview_grid(store: SampleStore, tokenizer: TrainedTokenizer) -> Image.Image:
+    """Decode the store's first samples, at most 64, into a grid.
 
     Few classes make a row each; many stand in the order of the samples.
 
     Raises:
         CacheError: a shard is missing or damaged.
-        StorageError: the disk is full or read-only.
     """
     count = min(store.count, _ROWS * _COLUMNS)
     images = pictures.to_images(decode_latents(tokenizer, store.stats, store.read(0, count)))
@@ -38,5 +38,14 @@ def write_preview(store: SampleStore, tokenizer: TrainedTokenizer) -> Path:
             )
             for start in range(0, count, _COLUMNS)
         ]
-    grid = pictures.labelled_grid(rows, side=_SIDE)
-    return pictures.save(store.path / PREVIEW, grid)
+    return pictures.labelled_grid(rows, side=_SIDE)
+
+
+def write_preview(store: SampleStore, tokenizer: TrainedTokenizer) -> Path:
+    """Write the grid of the store's first samples to ``preview.png`` in its folder.
+
+    Raises:
+        CacheError: a shard is missing or damaged.
+        StorageError: the disk is full or read-only.
+    """
+    return pictures.save(store.path / PREVIEW, preview_grid(store, tokenizer))

@@ -4,6 +4,7 @@
     metrics.jsonl      one JSON object a line, with its step
     checkpoints/step-XXXXXXXX/
         model.safetensors, ema.safetensors, optimizer.safetensors, ...
+        config.json         a copy of the run's: a checkpoint tells by itself what it is
         checkpoint.json     written last: step, progress, size and crc32c of each file
 
 A checkpoint appears by one rename. Of the checkpoints stay the newest few, those of every n-th
@@ -117,9 +118,14 @@ def score_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
 def latest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
+    Args:
+        run: a run directory, or one checkpoint's folder, which is then the one.
+
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
+    if (run / _CHECKPOINT).exists():
+        return _verified(run)
     paths = checkpoint_paths(run)
     failure: CheckpointError | None = None
     for path in reversed(paths):
@@ -228,7 +234,7 @@ class RunDirectory:
         target = self.path / "checkpoints" / f"step-{step:08d}"
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic.atomic_folder(target) as folder:
-            files = {}
+            shutil.copyfile(self.path / CONFIG, folder / CONFIG)
             for name, group in tensors.items():
                 file = folder / f"{name}.safetensors"
                 try:
@@ -238,7 +244,10 @@ class RunDirectory:
                         f"{target} cannot be written ({error}); earlier checkpoints are untouched. "
                         "Free some disk space and run the same command again"
                     ) from error
-                files[file.name] = {"size": file.stat().st_size, "crc32c": atomic.crc32c_file(file)}
+            files = {
+                file.name: {"size": file.stat().st_size, "crc32c": atomic.crc32c_file(file)}
+                for file in sorted(folder.iterdir())
+            }
             record = {"step": step, "progress": progress, "metrics": dict(metrics or {})}
             atomic.write_json(folder / _CHECKPOINT, {**record, "files": files})
         self._remove_old()
@@ -390,8 +399,12 @@ def open_run(
             if not checkpoint_paths(path):
                 atomic.write_json(path / CONFIG, record)
             elif stored["config"] != record["config"]:
-                earlier = {k: stored[k] for k in ("steps", "command", "versions") if k in stored}
-                earlier["duration"] = stored["config"]["duration"]
+                earlier = {
+                    "duration": stored["config"]["duration"],
+                    "steps": stored.get("steps"),
+                    "command": stored.get("command"),
+                    "versions": stored.get("versions"),
+                }
                 extended = [*stored.get("extended", []), earlier]
                 atomic.write_json(path / CONFIG, {**stored, **record, "extended": extended})
         atomic.remove_temporaries(path / "checkpoints")

@@ -58,7 +58,9 @@ def find_runs(folder: Path) -> list[Run]:
 
 def _candidates(folder: Path) -> Iterator[Path]:
     for depth in range(_DEPTH + 1):
-        yield from (config.parent for config in folder.glob("*/" * depth + CONFIG))
+        for config in folder.glob("*/" * depth + CONFIG):
+            if config.parent.parent.name != "checkpoints":
+                yield config.parent
 
 
 def _read(path: Path, folder: Path) -> Run | None:

@@ -46,10 +46,11 @@ def _units(model: nn.Module) -> tuple[type[nn.Module], ...]:
     """The classes that are sharded one by one: the blocks, and what is called apart from them."""
     found: set[type[nn.Module]] = set()
     for block in blocks(model):
-        inner = getattr(block, "_checkpoint_wrapped_module", block)
+        inner: nn.Module = getattr(block, "_checkpoint_wrapped_module", block)
         found.add(type(inner))
-        if hasattr(inner, "adaLN_modulation"):  # is called by itself, before the block
-            found.add(type(inner.adaLN_modulation))
+        modulation: nn.Module | None = getattr(inner, "adaLN_modulation", None)
+        if modulation is not None:  # is called by itself, before the block
+            found.add(type(modulation))
     return tuple(sorted(found, key=lambda kind: kind.__name__))
 
 
@@ -58,7 +59,8 @@ def shard(model: nn.Module) -> nn.Module:
     units = _units(model)
     for module in reversed([m for m in model.modules() if isinstance(m, units)]):
         fully_shard(module)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def prepared(
@@ -76,10 +78,10 @@ def prepared(
     plugin = accelerator.state.fsdp_plugin
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = [kind.__name__ for kind in _units(model)]
-    trained, _ = accelerator.prepare(model, optimizer)
-    if not isinstance(trained, FSDPModule):
+    accelerator.prepare(model, optimizer)  # in place
+    if not isinstance(model, FSDPModule):
         raise ConfigError("--fsdp: Accelerate did not shard the model; start it with its launcher")
-    return trained
+    return model
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ class Agreement:
 
     def __init__(self, processes: int) -> None:
         # Collectives of the processors: those of NCCL would have to wait for the GPU.
-        self._group = dist.new_group(backend="gloo") if processes > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
 
     def highest(self, number: int) -> int:
         """The highest ``number`` of all processes; each has to call."""

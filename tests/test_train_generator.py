@@ -1,6 +1,7 @@
 """The generator's trainer, on latents so few that its promises can be checked bit for bit."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from detok_pipe.pipelines.accumulation import largest_micro_batch
 from detok_pipe.pipelines.generator_inspection import Preview
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
 from detok_pipe.pipelines.train_generator import Beginning, train_generator
+from detok_pipe.pipelines.trained import load_generator
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,22 @@ def test_a_loss_that_is_not_finite_names_rows_of_the_cache(folder, tmp_path):
 def test_sharding_is_refused_where_there_is_nothing_to_shard_over(folder, tmp_path):
     execution = dataclasses.replace(QUIET, fsdp=True)
     with pytest.raises(ConfigError, match=r"--fsdp.*1 process on cpu"):
+        train_generator(recipe(), folder / "cache", tmp_path / "run", execution)
+
+
+def test_a_checkpoint_can_be_loaded_by_itself(folder):
+    found = load_generator(folder / "run" / "checkpoints" / "step-00000004", ema=False)
+    assert found.identity["step"] == 4
+    assert found.stats.to_json() == load_generator(folder / "run", ema=False).stats.to_json()
+    assert found.identity["tokenizer"] == tiny_tokenizer().identity["fingerprint"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("wandb", "not installed"), ("wandbb", "wandbb")])
+def test_a_tracker_that_is_not_there_is_an_error(folder, tmp_path, name, words):
+    execution = dataclasses.replace(QUIET, trackers=(name,))
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(ConfigError, match=words):
         train_generator(recipe(), folder / "cache", tmp_path / "run", execution)
 
 
