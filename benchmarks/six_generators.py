@@ -10,6 +10,7 @@ and compared with the images that the quickstart trained on. Losses of one famil
 seeds, not between families: they measure different things. Everything goes on where it stopped.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from detok_pipe.evaluation.reference import read_reference
 from detok_pipe.latents import atomic
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines.config import Execution, GeneratorConfig
+from detok_pipe.pipelines.demo_presets import CPU
 from detok_pipe.pipelines.pictures import ImageRow, labelled_grid, save, to_images
 from detok_pipe.pipelines.run_directory import read_metrics
 from detok_pipe.pipelines.sample import sample, sampling_of
@@ -42,27 +44,19 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 """The same families at about two million parameters."""
 
-# The quickstart's categories; its reference statistics are of their images.
-CLASSES = ("Flags", "People & Body", "Smileys & Emotion", "Symbols")
 RESOLUTION = 128
 SCALE = 2.0
 _COLUMNS = 8
 
 
 def recipe(name: str, seed: int, steps: int) -> GeneratorConfig:
-    """What all have in common: the quickstart's recipe."""
-    return GeneratorConfig(
+    """What all have in common: the quickstart's recipe and categories."""
+    return dataclasses.replace(
+        CPU.generator,
         generator=name,
         model=MODELS[name],
-        global_batch=32,
         duration=f"{steps} steps",
-        lr=1e-3,
-        lr_schedule="cosine",
-        warmup=0.05,
-        clip=3.0,
         ema=0.99,
-        ema_warmup=True,
-        classes=CLASSES,
         seed=seed,
     )
 
