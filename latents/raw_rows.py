@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,28 @@ from detok_pipe.latents.publish import COMMITS, RAW
 from detok_pipe.latents.stats import LatentStats
 
 _ROWS_AT_ONCE = 64  # of a 256 x 16 cache 1 MB, which stays in a core's cache
+
+
+def raw_pieces(tensors: Mapping[str, np.ndarray]) -> list[bytes | np.ndarray]:
+    """A safetensors file of fp32 arrays in pieces, header first.
+
+    The library's own writer copies all into one string first, which takes more time than checking,
+    hashing and writing a shard, and as much memory again.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, values in tensors.items():
+        end = offset + values.nbytes
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(values.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin aligned
+    arrays = [np.ascontiguousarray(v, "<f4").reshape(-1).view(np.uint8) for v in tensors.values()]
+    return [len(text).to_bytes(8, "little") + text, *arrays]
 
 
 def dense_rows(rows_per_shard: int, valid: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

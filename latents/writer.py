@@ -19,10 +19,10 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from safetensors.numpy import save
 
 from detok_pipe.latents.atomic import (
     TEMPORARY_PREFIX,
+    atomic_file,
     create_exclusive,
     storage_errors,
     write_bytes,
@@ -42,7 +42,7 @@ from detok_pipe.latents.publish import (
     publish,
     working_lock,
 )
-from detok_pipe.latents.raw_rows import RawRows, dense_rows
+from detok_pipe.latents.raw_rows import RawRows, dense_rows, raw_pieces
 from detok_pipe.latents.stats import StatsAccumulator
 
 # view -> (mean, std), each (R, N, C); the std may be None in a plan without it
@@ -148,13 +148,16 @@ class CacheWriter:
             StorageError: the disk is full or read-only.
         """
         tensors, stats = self._checked(shard, moments, labels, source_ids, quarantined)
-        data = save(tensors)
-        crc = google_crc32c.value(data)
+        pieces = raw_pieces(tensors)
+        crc, size = 0, sum(len(piece) for piece in pieces)
+        for piece in pieces:
+            crc = google_crc32c.extend(crc, piece)
         # The name tells two writers' files apart: bits may differ between devices.
-        name = f"{shard:05d}-{crc:08x}-{len(data):x}.safetensors"
+        name = f"{shard:05d}-{crc:08x}-{size:x}.safetensors"
         raw = self.path / RAW / name
         try:
-            write_bytes(raw, data)
+            with atomic_file(raw) as temporary, open(temporary, "wb") as file:
+                file.writelines(pieces)
         except FileNotFoundError:
             # Another process committed this shard and the rest, finished the cache and tidied up.
             if self.finished:
@@ -164,7 +167,7 @@ class CacheWriter:
             "plan": self._digest,
             "shard": shard,
             "raw": name,
-            "bytes": len(data),
+            "bytes": size,
             "crc32c": crc,
             "stats": stats.to_json(),
             "labels": np.asarray(labels).tolist(),

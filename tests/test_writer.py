@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 from cache_making import encode_shard, label_of, moments_of, plan_of, tree, write_cache
+from safetensors.numpy import load
 
 from detok_pipe.latents import publish
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError, NonFiniteError
-from detok_pipe.latents.raw_rows import dense_rows
+from detok_pipe.latents.raw_rows import dense_rows, raw_pieces
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter
 
@@ -250,6 +251,16 @@ def test_sources_are_kept_with_odd_names(tmp_path):
     text = (tmp_path / "c" / "sources.jsonl").read_bytes().decode("utf-8", "surrogateescape")
     assert [json.loads(line)["path"] for line in text.splitlines()] == paths
     assert any(r.path == "sources.jsonl" for r in open_cache(tmp_path / "c").manifest.files)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_raw_shards_are_safetensors(rows):
+    rng = np.random.default_rng(0)
+    wanted = {n: rng.standard_normal((rows, 2, 3), dtype=np.float32) for n in ("a", "image.mean")}
+    found = load(b"".join(bytes(piece) for piece in raw_pieces(wanted)))
+    assert set(found) == set(wanted)
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 3, 8])
