@@ -132,7 +132,7 @@ def picture(pixels: np.ndarray, studies: dict[str, CorruptionStudy]) -> Image.Im
 @click.option("--out", type=click.Path(path_type=Path), default="runs/denoising")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=450, show_default=True)
-@click.option("--images", type=click.IntRange(8), default=48, help="Held-out drawings to rebuild.")
+@click.option("--images", type=click.IntRange(8), default=32, help="Held-out drawings to rebuild.")
 @click.option("--quiet", is_flag=True)
 def main(out: Path, seeds: int, steps: int, images: int, quiet: bool) -> None:
     drawings = make_emoji_images(out / "images", quiet=quiet)
