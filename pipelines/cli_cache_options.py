@@ -84,18 +84,17 @@ target_option = click.option(
     help="The cache's folder, or a URL (s3://...) that gets the finished cache; the same command "
     "again goes on where it stopped.",
 )
-format_option = click.option(
-    "--format",
-    type=click.Choice(["webdataset", "zarr"]),
-    default="webdataset",
-    show_default=True,
-    help="Of the store; convert changes it later.",
-)
 store_options = together(
     click.option(
         "--shards", type=click.IntRange(1), help="About how many. Default: 4096 images a shard."
     ),
-    format_option,
+    click.option(
+        "--format",
+        type=click.Choice(["webdataset", "zarr"]),
+        default="webdataset",
+        show_default=True,
+        help="Of the store; convert changes it later.",
+    ),
     click.option(
         "--rows-per-record",
         type=click.IntRange(1),

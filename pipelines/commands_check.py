@@ -61,6 +61,9 @@ def verify(
 ) -> None:
     """Check each shard of a latent cache, or mend it; exits with 2 if something is wrong.
 
+    A cache at a URL is copied to this machine first, where each file's checksum is checked as it
+    arrives.
+
     \b
     Example:
       detok-pipe verify cache
