@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from filelock import FileLock
-
 from detok_pipe.latents.atomic import crc32c_file, write_bytes
 from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError
 from detok_pipe.latents.manifest import (
@@ -32,6 +30,7 @@ from detok_pipe.latents.remote import (
     no_progress,
     on_each,
     staging_folder,
+    staging_lock,
 )
 
 
@@ -59,7 +58,7 @@ class Place:
         """
         if self.remote:
             remote = Remote(self.location)
-            with self._lock():
+            with staging_lock(self.folder):
                 manifest = self._remote_manifest(remote)
                 if manifest is None:
                     raise CacheError(f"there is no finished latent cache at {self.location}")
@@ -82,12 +81,8 @@ class Place:
             StorageError, InputError: the copy failed.
         """
         if self.remote:
-            with self._lock():
+            with staging_lock(self.folder):
                 _send_cache(self.folder, Remote(self.location), progress)
-
-    def _lock(self) -> FileLock:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(f"{self.folder}.lock")
 
     def _remote_manifest(self, remote: Remote) -> Manifest | None:
         data = remote.read(MANIFEST)

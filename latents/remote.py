@@ -51,6 +51,19 @@ def staging_folder(url: str) -> Path:
     return root / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
+@contextmanager
+def staging_lock(folder: Path) -> Iterator[None]:
+    """Held by the one process that copies into or from a staging folder; others wait.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            yield
+
+
 def no_progress(done: int, total: int) -> None:
     pass
 
@@ -174,8 +187,7 @@ def stage_files(url: str, progress: Progress = no_progress) -> Path:
             check_relative(name)
         except ValueError as error:
             raise InputError(f"{url}: {error}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with storage_errors(folder), FileLock(f"{folder}.lock"):
+    with staging_lock(folder):
         _remove_outdated(folder, listing)
         missing = [name for name in listing if not (folder / name).exists()]
         on_each(missing, lambda name: remote.fetch(name, folder / name), progress)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -195,6 +196,22 @@ def test_urls_that_cannot_be_opened(here, tmp_path, monkeypatch):
     shutil.copytree(here, place.folder)
     with pytest.raises((StorageError, InputError), match="file/below"):
         place.publish()
+
+
+def test_a_staging_folder_that_cannot_be_written(url, here, tmp_path, monkeypatch):
+    published(url, here)
+    (tmp_path / "taken").write_bytes(b"")
+    monkeypatch.setenv("DETOK_STAGING", str(tmp_path / "taken" / "staging"))
+    with pytest.raises(StorageError, match="a part of the path is a file"):
+        Place(url).fetch()
+
+
+def test_several_processes_fetch_at_once(url, here):
+    place = published(url, here)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: Place(url).fetch(), range(4)))
+    assert found == [place.folder] * 4
+    assert tree(place.folder) == tree(here)
 
 
 def test_hostile_names_do_not_leave_the_staging_folder(tmp_path, monkeypatch):
