@@ -18,8 +18,8 @@ from detok_pipe.latents.stats import LatentStats
 _ROWS_AT_ONCE = 64  # of a 256 x 16 cache 1 MB, which stays in a core's cache
 
 
-def raw_pieces(tensors: Mapping[str, np.ndarray]) -> list[bytes | np.ndarray]:
-    """A safetensors file of fp32 arrays in pieces, header first.
+def raw_pieces(tensors: Mapping[str, np.ndarray]) -> list[Any]:
+    """A safetensors file of fp32 arrays in pieces: its header, then each array's bytes, uint8.
 
     The library's own writer copies all into one string first, which takes more time than checking,
     hashing and writing a shard, and as much memory again.

@@ -151,16 +151,14 @@ def check_cache(
                 f"the loss of {generator.path} is {losses[0]:.5f} on cached latents and "
                 f"{losses[1]:.5f} on fresh ones, more than {LARGEST_LOSS_DIFFERENCE:.0%} apart"
             )
-    shown = slice(0, PICTURED)
-    rows_of_images = zip(
-        ("image", "from the cache", "without the cache"), (pixels, *decoded), strict=True
-    )
+    shown: dict[str, np.ndarray | Tensor] = {
+        "image": pixels,
+        "from the cache": decoded[0],
+        "without the cache": decoded[1],
+    }
     return CacheCheck(
         labelled_grid(
-            [
-                ImageRow(label, [(i,) for i in to_images(some[shown])])
-                for label, some in rows_of_images
-            ]
+            [ImageRow(label, [(i,) for i in to_images(x[:PICTURED])]) for label, x in shown.items()]
         ),
         match,
         psnr(decoded[0], images).cpu().numpy(),
