@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from detok_pipe.latents.errors import CheckpointError, ConfigError, WeightsError
 from detok_pipe.pipelines import hub_weights
-from detok_pipe.pipelines.commands_cache import encode
-from detok_pipe.pipelines.commands_released import tokenizers as listing
+from detok_pipe.pipelines.cli import group
 from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
 from detok_pipe.pipelines.tokenizers import build_published, open_tokenizer
 
@@ -189,7 +188,7 @@ def test_the_hub_cache_is_used_and_its_checksums_compared(small, no_hub):
     repository = PUBLISHED_TOKENIZERS["maetok"].repository
     hub_copy(small["maetok"], repository, no_hub)
     assert open_tokenizer("maetok").identity == opened("maetok", small["maetok"]).identity
-    shown = CliRunner().invoke(listing).output
+    shown = CliRunner().invoke(group, ["tokenizers"]).output
     assert f"snapshots/abc/{PUBLISHED_TOKENIZERS['maetok'].weights}" in shown
     assert "128 x 32, 172.7 M parameters" in shown
     assert "get kl16.ckpt from https://huggingface.co/" in shown
@@ -204,7 +203,7 @@ def test_names_and_options_that_do_not_fit(tmp_path):
         open_tokenizer("sd-vea")
     with pytest.raises(ConfigError, match=r"belongs to a published tokenizer"):
         open_tokenizer(TokenizerChoice(str(tmp_path), tmp_path))
-    result = CliRunner().invoke(encode, ["--data", "x", "--out", "y", "--weights", "z"])
+    result = CliRunner().invoke(group, ["encode", "--data", "x", "--out", "y", "--weights", "z"])
     assert result.exit_code == 2
     assert "Missing option '--tokenizer'" in result.output
 
