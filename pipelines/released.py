@@ -17,6 +17,7 @@ from detok_pipe.generators.stats_import import read_channel_stats
 from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
 from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.checkpoints import latest_checkpoint
 from detok_pipe.pipelines.config import (
     GeneratorConfig,
     to_json,
@@ -24,7 +25,7 @@ from detok_pipe.pipelines.config import (
     with_overrides,
 )
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
-from detok_pipe.pipelines.run_directory import latest_checkpoint, open_run, read_config
+from detok_pipe.pipelines.run_directory import open_run, read_config
 from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS
 from detok_pipe.pipelines.tokenizers import open_tokenizer
 from detok_pipe.pipelines.trained import (

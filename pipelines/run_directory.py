@@ -1,34 +1,23 @@
 """A run directory: configuration, checkpoints, metrics, and the lock of who uses it.
 
-    config.json        every value resolved, versions, fingerprints of what the run was made from
-    metrics.jsonl      one JSON object a line, with its step
-    checkpoints/step-XXXXXXXX/
-        model.safetensors, ema.safetensors, optimizer.safetensors, ...
-        config.json         a copy of the run's: a checkpoint tells by itself what it is
-        checkpoint.json     written last: step, progress, size and crc32c of each file
-
-A checkpoint appears by one rename. Of the checkpoints stay the newest few, those of every n-th
-step, and the best by loss or score, as asked for (see :func:`open_run`). One that does not match
-its checksums is passed over with a warning and the one before it is used.
+config.json        every value resolved, versions, fingerprints of what the run was made from
+metrics.jsonl      one JSON object a line, with its step
+checkpoints/        see ``checkpoints.py``
+samples/            pictures made while training
+trackers/           TensorBoard's files
 """
 
 import json
 import os
 import platform
-import shutil
 import socket
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detok_pipe.latents import atomic
@@ -37,109 +26,17 @@ from detok_pipe.latents.errors import (
     ConfigError,
     LockedError,
     MismatchError,
-    StorageError,
 )
-from detok_pipe.pipelines.sharding import as_sharded
+from detok_pipe.pipelines.checkpoints import (
+    CONFIG,
+    BestBy,
+    checkpoint_paths,
+    remove_checkpoints,
+    write_checkpoint,
+)
 
-CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-_CHECKPOINT = "checkpoint.json"
-BestBy = Literal["loss", "score"]
-
-_SCORES = ("FID", "FD-", "val/rFID", "val/rFD-")  # of samples, and of reconstructions
 _LIBRARIES = ("detok-pipe", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk whose files matched their checksums when it was opened."""
-
-    path: Path
-    step: int
-    progress: dict[str, Any]
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of ``<name>.safetensors``, on the CPU.
-
-        Raises:
-            CheckpointError: the file is missing or cut short.
-        """
-        file = self.path / f"{name}.safetensors"
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}); use another checkpoint"
-            ) from error
-
-
-def _verified(path: Path) -> Checkpoint:
-    """Open one checkpoint, checking each file's size and checksum."""
-    try:
-        record = json.loads((path / _CHECKPOINT).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / _CHECKPOINT} is missing or cut short") from error
-    for name, expected in record["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["size"]:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes where {expected['size']} were written"
-            )
-        if atomic.crc32c_file(file) != expected["crc32c"]:
-            raise CheckpointError(f"{file} does not match its checksum")
-    return Checkpoint(path, record["step"], record["progress"])
-
-
-def checkpoint_paths(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, unchecked."""
-    return sorted((run / "checkpoints").glob("step-????????"))
-
-
-def checkpoint_step(path: Path) -> int:
-    """The number of finished steps that a checkpoint folder is named after."""
-    return int(path.name.removeprefix("step-"))
-
-
-def checkpoint_metrics(path: Path) -> dict[str, float]:
-    """What was measured when a checkpoint was written; nothing where that cannot be read."""
-    try:
-        return json.loads((path / _CHECKPOINT).read_text()).get("metrics", {})
-    except (OSError, json.JSONDecodeError):
-        return {}
-
-
-def score_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Name and value of the Fréchet distance among some metrics, of whatever network."""
-    return next(((n, v) for n, v in metrics.items() if n.startswith(_SCORES)), None)
-
-
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none at all.
-
-    Args:
-        run: a run directory, or one checkpoint's folder, which is then the one.
-
-    Raises:
-        CheckpointError: there are checkpoints, but every one is damaged.
-    """
-    if (run / _CHECKPOINT).exists():
-        return _verified(run)
-    paths = checkpoint_paths(run)
-    failure: CheckpointError | None = None
-    for path in reversed(paths):
-        try:
-            return _verified(path)
-        except CheckpointError as error:
-            failure = error
-            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
-    if failure is not None:
-        raise CheckpointError(
-            f"no checkpoint of {run} is whole ({failure}); "
-            f"remove {run / 'checkpoints'} to start anew"
-        )
-    return None
 
 
 def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
@@ -176,30 +73,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors; its settings follow from the configuration."""
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`, for whole tensors and parameters that may be
-    sharded."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        like = parameters[int(index)]
-        # Moments have their parameter's shape; the step counter is a number.
-        moment = tensor.shape == like.shape
-        state.setdefault(int(index), {})[name] = as_sharded(tensor, like) if moment else tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
 class RunDirectory:
     """A run directory opened for writing by the main process; see :func:`open_run`."""
 
@@ -231,47 +104,9 @@ class RunDirectory:
         Raises:
             StorageError: the disk is full; older checkpoints are untouched.
         """
-        target = self.path / "checkpoints" / f"step-{step:08d}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.atomic_folder(target) as folder:
-            shutil.copyfile(self.path / CONFIG, folder / CONFIG)
-            for name, group in tensors.items():
-                file = folder / f"{name}.safetensors"
-                try:
-                    save_file({key: value.contiguous() for key, value in group.items()}, file)
-                except SafetensorError as error:
-                    raise StorageError(
-                        f"{target} cannot be written ({error}); earlier checkpoints are untouched. "
-                        "Free some disk space and run the same command again"
-                    ) from error
-            files = {
-                file.name: {"size": file.stat().st_size, "crc32c": atomic.crc32c_file(file)}
-                for file in sorted(folder.iterdir())
-            }
-            record = {"step": step, "progress": progress, "metrics": dict(metrics or {})}
-            atomic.write_json(folder / _CHECKPOINT, {**record, "files": files})
-        self._remove_old()
+        target = write_checkpoint(self.path, step, tensors, progress, metrics or {})
+        remove_checkpoints(self.path, self._keep, self._keep_every, self._keep_best)
         return target
-
-    def _remove_old(self) -> None:
-        best = self._best()
-        for path in checkpoint_paths(self.path)[: -self._keep]:
-            every_nth = self._keep_every and checkpoint_step(path) % self._keep_every == 0
-            if not every_nth and path != best:
-                shutil.rmtree(path)
-
-    def _best(self) -> Path | None:
-        """The checkpoint with the lowest loss or score, the newer one of two that are equal."""
-        if self._keep_best is None:
-            return None
-        values = []
-        for path in checkpoint_paths(self.path):
-            metrics = checkpoint_metrics(path)
-            score = score_of(metrics)
-            value = metrics.get("loss") if self._keep_best == "loss" else score and score[1]
-            if value is not None:
-                values.append((value, -checkpoint_step(path), path))
-        return min(values)[2] if values else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from detok_pipe.latents.errors import CheckpointError, InputError
 from detok_pipe.pipelines import plots
-from detok_pipe.pipelines.run_directory import CONFIG, read_config, read_metrics, score_of
+from detok_pipe.pipelines.checkpoints import score_of
+from detok_pipe.pipelines.run_directory import CONFIG, read_config, read_metrics
 from detok_pipe.pipelines.sweep import SWEEP
 from detok_pipe.pipelines.sweep_output import aligned
 

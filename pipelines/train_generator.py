@@ -22,6 +22,7 @@ from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.verify import damaged_files
 from detok_pipe.pipelines.accelerators import flushed_denormals
 from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
+from detok_pipe.pipelines.checkpoints import checkpoint_paths
 from detok_pipe.pipelines.config import (
     Execution,
     GeneratorConfig,
@@ -31,7 +32,6 @@ from detok_pipe.pipelines.config import (
 )
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.generator_inspection import Preview, inspections
-from detok_pipe.pipelines.run_directory import checkpoint_paths
 from detok_pipe.pipelines.sharding import (
     checkpoint_activations,
     compile_blocks,

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, MismatchError
 from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines.checkpoints import Checkpoint, latest_checkpoint
 from detok_pipe.pipelines.config import GeneratorConfig, TokenizerConfig, from_json
 from detok_pipe.pipelines.ema import warn_of_early_average
-from detok_pipe.pipelines.run_directory import Checkpoint, latest_checkpoint, read_config
+from detok_pipe.pipelines.run_directory import read_config
 from detok_pipe.tokenizer.contract import Tokenizer, encoder_keys
 from detok_pipe.tokenizer.model import LDeTok
 

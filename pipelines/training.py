@@ -26,20 +26,19 @@ from torch import Tensor, nn
 from detok_pipe.latents.errors import CheckpointError, ConfigError, Interrupted
 from detok_pipe.pipelines.accelerators import make_accelerator, start_trackers
 from detok_pipe.pipelines.accumulation import Loader
+from detok_pipe.pipelines.checkpoints import (
+    Checkpoint,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from detok_pipe.pipelines.config import Config, Execution, to_json
 from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.inspection import Inspection, inspect
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.readings import DescribeIds, Readings
-from detok_pipe.pipelines.run_directory import (
-    Checkpoint,
-    RunDirectory,
-    latest_checkpoint,
-    load_optimizer_tensors,
-    open_run,
-    optimizer_tensors,
-)
+from detok_pipe.pipelines.run_directory import RunDirectory, open_run
 from detok_pipe.pipelines.schedules import ema_decay, learning_rate
 from detok_pipe.pipelines.sharding import as_sharded, whole
 from detok_pipe.pipelines.signals import Agreement, caught_signals

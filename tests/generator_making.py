@@ -11,8 +11,9 @@ from cache_making import plan_of
 from score_making import tiny_tokenizer
 
 from detok_pipe.latents.writer import CacheWriter
+from detok_pipe.pipelines.checkpoints import latest_checkpoint
 from detok_pipe.pipelines.config import Execution, GeneratorConfig
-from detok_pipe.pipelines.run_directory import latest_checkpoint, read_metrics
+from detok_pipe.pipelines.run_directory import read_metrics
 from detok_pipe.pipelines.train_generator import train_generator
 
 FAMILIES = ("mar-b", "random-ar-b", "raster-ar-b", "dit-b", "sit-b", "lightningdit-b")

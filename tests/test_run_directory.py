@@ -10,14 +10,12 @@ from detok_pipe.latents.errors import (
     LockedError,
     MismatchError,
 )
-from detok_pipe.pipelines.run_directory import (
+from detok_pipe.pipelines.checkpoints import (
     latest_checkpoint,
     load_optimizer_tensors,
-    open_run,
     optimizer_tensors,
-    read_config,
-    read_metrics,
 )
+from detok_pipe.pipelines.run_directory import open_run, read_config, read_metrics
 
 RUN = {"kind": "tokenizer", "config": {"gamma": 3.0}, "inputs": {"data": "abc"}, "keep": 2}
 

@@ -141,8 +141,8 @@ def test_grids_and_scores_are_made_and_change_nothing(folder, tmp_path, monkeypa
 
 def test_the_best_checkpoint_stays(folder, tmp_path, monkeypatch):
     from detok_pipe.pipelines import train_generator as module
+    from detok_pipe.pipelines.checkpoints import checkpoint_paths
     from detok_pipe.pipelines.inspection import Inspection
-    from detok_pipe.pipelines.run_directory import checkpoint_paths
 
     def distance(step):
         return {"FD-EffLite2@128": abs(step - 3.0)}

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from image_making import random_images
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -18,16 +19,12 @@ from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines import train_tokenizer as trainer
 from detok_pipe.pipelines.accelerators import make_accelerator, tensor_float32
 from detok_pipe.pipelines.adversary import Adversary, Pairs
+from detok_pipe.pipelines.checkpoints import checkpoint_paths, latest_checkpoint
 from detok_pipe.pipelines.config import Execution, TokenizerConfig
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import open_images
-from detok_pipe.pipelines.run_directory import (
-    checkpoint_paths,
-    latest_checkpoint,
-    load_file,
-    read_metrics,
-)
+from detok_pipe.pipelines.run_directory import read_metrics
 from detok_pipe.pipelines.tokenizer_inspection import Validation
 from detok_pipe.pipelines.train_tokenizer import describe, train_tokenizer
 from detok_pipe.pipelines.trained import build_tokenizer, load_tokenizer

@@ -13,15 +13,11 @@ from detok_pipe.latents.errors import Interrupted, NonFiniteError
 from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import accumulate
+from detok_pipe.pipelines.checkpoints import checkpoint_paths, latest_checkpoint
 from detok_pipe.pipelines.config import Execution
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.inspection import Inspection
-from detok_pipe.pipelines.run_directory import (
-    checkpoint_paths,
-    latest_checkpoint,
-    open_run,
-    read_metrics,
-)
+from detok_pipe.pipelines.run_directory import open_run, read_metrics
 from detok_pipe.pipelines.schedules import ema_decay, learning_rate
 from detok_pipe.pipelines.training import Parts, fit
 

@@ -13,7 +13,8 @@ import torch
 from generator_making import recipe, train_long, weights, write_latents
 
 from detok_pipe.latents.errors import StorageError
-from detok_pipe.pipelines.run_directory import latest_checkpoint, read_metrics
+from detok_pipe.pipelines.checkpoints import latest_checkpoint
+from detok_pipe.pipelines.run_directory import read_metrics
 
 KILLS = [3, pytest.param(20, marks=pytest.mark.soak)]
 
