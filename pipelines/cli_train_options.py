@@ -63,7 +63,7 @@ execution_options = together(
         "--extend",
         is_flag=True,
         help="Go on with a run beyond the duration it was started with: give the longer one, by "
-        "--set duration=...",
+        "--set duration=... From there on the learning rate follows the longer schedule.",
     ),
     click.option(
         "--log-every",
