@@ -2,7 +2,7 @@
 
 The order is a pure function of (seed, position): see :mod:`.order`. Which view a sample shows and
 its draw from the posterior are functions of (seed, position) too, so the same samples come
-whatever the number of processes, and after a restart. One thread reads ahead; there are no worker
+whatever the number of processes, and after a restart. Two threads read ahead; there are no worker
 processes, which would cost more than the reads. Do not hand the loader to Accelerate's ``prepare``
 (it would shard again what is sharded already); keep ``state()`` in the checkpoint.
 """
@@ -10,6 +10,7 @@ processes, which would cost more than the reads. Do not hand the loader to Accel
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -31,6 +32,7 @@ from detok_pipe.latents.order import LANES, ORDER_VERSION, BlockOrder, SampleOrd
 
 # Small batches are read several at a time, which halves what Python adds to the copying; with more
 # at once, the buffers in turn no longer fit into a core's cache, which costs a quarter.
+_READERS = 2
 _ROWS_A_READ = 1024
 _BYTES_A_READ = 8 << 20
 
@@ -113,6 +115,7 @@ class LatentLoader:
         self._subset = _checked_subset(cache, subset)
         self._position = position
         self._mode = mode
+        self.order_lock = threading.Lock()  # orders keep what they have worked out
         self._fields = ("mean", "std") if self.sample_posterior else ("mean",)
         if self.sample_posterior and not cache.has_posterior:
             raise ConfigError(
@@ -224,10 +227,10 @@ class LatentLoader:
         ]
         ahead = self._position
         waiting: deque[Future[_Buffers]] = deque()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="latents")
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="latents")
         try:
-            if self.mode == "resident":
-                pool.submit(self.cache.reader.warm, self.rank)
+            if self.mode == "resident":  # before any random read, which are slow from a disk
+                pool.submit(self.cache.reader.warm, self.rank).result()
             while True:
                 while len(buffers) > 1:
                     waiting.append(pool.submit(buffers.pop(0).fill, ahead))
@@ -286,16 +289,17 @@ class _Buffers:
         self._copied: torch.cuda.Event | None = None  # when the device has its copies
 
     def fill(self, position: int) -> _Buffers:
-        """Reads the batches from a position on; runs on the reading thread."""
+        """Reads the batches from a position on; runs on a reading thread."""
         if self._copied is not None:
             self._copied.synchronize()
         loader = self._loader
         step = loader.global_batch
         steps = position + step * np.arange(self._group, dtype=np.int64)
         positions = (steps[:, None] + loader.positions(0)).reshape(-1)
-        rows = loader.rows_at(positions)
-        if self._block_reads is not None:
-            self._block_reads.advance(int(positions[0]))
+        with loader.order_lock:
+            rows = loader.rows_at(positions)
+            if self._block_reads is not None:
+                self._block_reads.advance(int(positions[0]))
         choice = None
         if len(loader.views) > 1:
             draws = Noise(loader.seed, torch.from_numpy(positions)).uniform("view", ())
