@@ -23,6 +23,8 @@ from detok_pipe.latents.errors import InputError
 from detok_pipe.pipelines.theme import LIGHT, Theme
 
 _DPI = 200
+_STYLES = ("-", "--", ":")  # of curves beyond the theme's colours
+_FEW = 5  # more curves than this have their legend beside the axes
 _LOG_RATIO = 8.0  # a curve whose values span more than this is easier to read on a log axis
 
 
@@ -163,7 +165,13 @@ def loss_curve(
         if line is not values:
             axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.7)
         axes.plot(
-            steps, line, color=colour, linewidth=1.7, label=_plain(name), marker="o" if few else ""
+            steps,
+            line,
+            color=colour,
+            linestyle=_STYLES[index // len(theme.series) % len(_STYLES)],
+            linewidth=1.7,
+            label=_plain(name),
+            marker="o" if few else "",
         )
     if log and low > 0:
         axes.set_yscale("log")
@@ -328,7 +336,9 @@ def _dress(axes: Axes, theme: Theme) -> None:
 
 
 def _legend(axes: Axes, theme: Theme) -> None:
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, loc="best")
+    beside = len(axes.get_legend_handles_labels()[0]) > _FEW
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02)} if beside else {"loc": "best"}
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink, **place)
 
 
 def _png(figure: Figure, theme: Theme) -> bytes:
