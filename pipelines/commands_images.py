@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from detok_pipe.pipelines.cli_cache_options import IMAGES
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
     PATH,
@@ -24,7 +25,7 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 
 @click.command("fid-stats")
-@click.argument("images", type=PATH)
+@click.argument("images", type=IMAGES)
 @click.option("--out", type=PATH, required=True, help="The .npz to write.")
 @click.option(
     "--size",

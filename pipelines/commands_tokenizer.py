@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from detok_pipe.pipelines.cli_cache_options import IMAGES
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
     PATH,
@@ -64,7 +65,13 @@ measure_options = together(
 
 @click.command("train-tok")
 @click.argument("preset")
-@click.option("--data", type=PATH, required=True, help="Class folders, a list file, or tars.")
+@click.option(
+    "--data",
+    type=IMAGES,
+    required=True,
+    metavar="PATH|URL",
+    help="Class folders, a list file, or tars.",
+)
 @out_option("Run directory; the same command again goes on where it stopped.")
 @click.option(
     "--finetune-decoder",
@@ -74,7 +81,10 @@ measure_options = together(
     help="Tokenizer run whose decoder alone is trained, by a preset for that; RUN is only read.",
 )
 @click.option(
-    "--val-data", type=PATH, help="Images to score and picture the tokenizer on while it trains."
+    "--val-data",
+    type=IMAGES,
+    metavar="PATH|URL",
+    help="Images to score and picture the tokenizer on while it trains.",
 )
 @click.option("--val-limit", type=click.IntRange(2), help="Score only so many of them.")
 @click.option(
@@ -152,7 +162,13 @@ def train_tok(
 
 @click.command("eval-tok")
 @tokenizer_argument
-@click.option("--data", type=PATH, required=True, help="Images to rebuild, best held-out ones.")
+@click.option(
+    "--data",
+    type=IMAGES,
+    required=True,
+    metavar="PATH|URL",
+    help="Images to rebuild, best held-out ones.",
+)
 @click.option("--limit", type=click.IntRange(2), help="Only so many images, evenly spread.")
 @measure_options
 @click.option("--picture", type=PATH, help="Write originals above reconstructions to this PNG.")

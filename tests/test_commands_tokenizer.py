@@ -82,6 +82,15 @@ def test_evaluation_with_the_study_of_corruption(tokenizer, images, tmp_path, ca
         assert Image.open(tmp_path / f"{name}.png").width > 200
 
 
+def test_images_at_a_url(tokenizer, images, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("DETOK_STAGING", str(tmp_path / "staging"))
+    rebuild = ("eval-tok", tokenizer, "--features", "none", *QUIET, "--data")
+    _, here, _ = run(capsys, *rebuild, images)
+    code, far, _ = run(capsys, *rebuild, f"file://{images}")
+    assert code == 0
+    assert json.loads(far) == json.loads(here)
+
+
 def test_bad_input_is_one_clear_error(tokenizer, images, tmp_path, capsys) -> None:
     train = ("train-tok", "--data", images, "--out", tmp_path / "out", *QUIET)
     tune = (*train, "detok-decoder", "--finetune-decoder")
