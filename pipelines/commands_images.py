@@ -116,16 +116,15 @@ def export_images(
     processes = open_processes(device)
     store = open_sample_store(samples)
     decoder = decoder_of(store, tokenizer, processes)
-    count = processes.on_main(
-        lambda: export(
-            store,
-            decoder,
-            out,
-            form=form or ("npz" if out.suffix == ".npz" else "png"),
-            count=num,
-            batch_size=batch_size,
-            quiet=quiet,
-        )
+    count = export(
+        store,
+        decoder,
+        out,
+        form=form or ("npz" if out.suffix == ".npz" else "png"),
+        count=num,
+        batch_size=batch_size,
+        processes=processes,
+        quiet=quiet,
     )
     if processes.is_main:
         click.echo(f"{count:,} images in {out}")

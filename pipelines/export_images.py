@@ -1,7 +1,8 @@
 """Decode a sample store into files for other people's evaluators: PNG, npz or WebDataset.
 
 An export appears whole or not at all, so that no evaluator ever reads half a folder, or one
-with pictures of an earlier export among them.
+with pictures of an earlier export among them. All processes decode and encode; the main one
+writes what they send it, in order.
 """
 
 import io
@@ -9,18 +10,20 @@ import itertools
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
 
 from detok_pipe.latents.atomic import atomic_file, atomic_folder
-from detok_pipe.latents.errors import ConfigError
+from detok_pipe.latents.errors import ConfigError, InputError
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines.decode import default_threads
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import ProgressTask, progress
 from detok_pipe.pipelines.sample import labels_of
 from detok_pipe.pipelines.stored_features import decode_latents
@@ -31,6 +34,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 IMAGES_PER_TAR = 10_000
 
+T = TypeVar("T")
+
 
 def export_images(
     store: SampleStore,
@@ -40,6 +45,7 @@ def export_images(
     form: Form = "png",
     count: int | None = None,
     batch_size: int = 64,
+    processes: Processes | None = None,
     quiet: bool = False,
 ) -> int:
     """Write decoded samples.
@@ -55,6 +61,7 @@ def export_images(
 
     Raises:
         ConfigError: an unknown form, or ``out`` exists or does not suit it.
+        InputError: the store has fewer samples than ``count``.
         MismatchError: the tokenizer does not belong to the samples.
         CacheError: a sample shard is missing or damaged.
         StorageError: the disk is full; nothing is left of the export.
@@ -67,11 +74,17 @@ def export_images(
         raise ConfigError(f"--out {out} exists; an export never adds to one: give another --out")
     wanted = {"fingerprint": store.identity["tokenizer"]}
     check_tokenizer_fits(tokenizer, wanted, f"the samples in {store.path}")
-    count = store.count if count is None else min(count, store.count)
+    count = store.count if count is None else count
+    if not 1 <= count <= store.count:
+        raise InputError(f"{store.path} has {store.count} samples; {count} cannot be exported")
+    processes = processes or Processes()
+    encode: Callable[[np.ndarray], Any] = np.ascontiguousarray if form == "npz" else _pngs
+    batches = _decoded(store, tokenizer, count, batch_size, processes, encode)
+    if not processes.is_main:
+        deque(batches, maxlen=0)
+        return count
     labels = labels_of(np.arange(count) + store.identity["first"], store.identity["classes"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     with progress("export", total=count, quiet=quiet) as task:
-        batches = _decoded(store, tokenizer, count, batch_size)
         if form == "npz":
             with atomic_file(out) as temporary, temporary.open("wb") as file:
                 _write_npz(file, batches, labels, tokenizer.image_size, task)
@@ -87,13 +100,39 @@ def export_images(
 
 
 def _decoded(
-    store: SampleStore, tokenizer: TrainedTokenizer, count: int, batch_size: int
-) -> Iterator[np.ndarray]:
-    """Pixels (b, H, W, 3) uint8 of the first ``count`` samples."""
-    for start in range(0, count, batch_size):
-        z = store.read(start, min(start + batch_size, count))
-        images = decode_latents(tokenizer, store.stats, z)
-        yield images.permute(0, 2, 3, 1).cpu().numpy()
+    store: SampleStore,
+    tokenizer: TrainedTokenizer,
+    count: int,
+    batch_size: int,
+    processes: Processes,
+    encode: Callable[[np.ndarray], T],
+) -> Iterator[T]:
+    """The first ``count`` samples, decoded and encoded, a batch at a time and in order.
+
+    Every process must go through it: each makes one batch of a round, and all have all of them.
+
+    Args:
+        encode: called with pixels (b, H, W, 3) uint8.
+    """
+    spans = (store.span(shard) for shard in range(store.shards))
+    parts = [
+        (shard, begin - start, min(begin + batch_size, stop, count) - start)
+        for shard, (start, stop) in enumerate(spans)
+        for begin in range(start, min(stop, count), batch_size)
+    ]
+    for first in range(0, len(parts), processes.world):
+        mine = []
+        for shard, begin, stop in parts[first + processes.rank :][:1]:
+            z = store.read_shard(shard)[begin:stop]
+            images = decode_latents(tokenizer, store.stats, z)
+            mine.append(encode(images.permute(0, 2, 3, 1).cpu().numpy()))
+        yield from processes.gather(mine)
+
+
+def _pngs(pixels: np.ndarray) -> list[bytes]:
+    """A PNG file of each image; zlib releases the interpreter's lock, so threads help."""
+    with ThreadPoolExecutor(default_threads()) as pool:
+        return list(pool.map(_png, pixels))
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -102,16 +141,9 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _encoded(batches: Iterator[np.ndarray]) -> Iterator[list[bytes]]:
-    """PNG files of each batch; zlib releases the interpreter's lock, so threads help."""
-    with ThreadPoolExecutor(default_threads()) as pool:
-        for batch in batches:
-            yield list(pool.map(_png, batch))
-
-
-def _write_pngs(folder: Path, batches: Iterator[np.ndarray], task: ProgressTask) -> None:
+def _write_pngs(folder: Path, batches: Iterator[list[bytes]], task: ProgressTask) -> None:
     number = 0
-    for files in _encoded(batches):
+    for files in batches:
         for data in files:
             (folder / f"{number:06d}.png").write_bytes(data)
             number += 1
@@ -119,9 +151,9 @@ def _write_pngs(folder: Path, batches: Iterator[np.ndarray], task: ProgressTask)
 
 
 def _write_tars(
-    folder: Path, batches: Iterator[np.ndarray], labels: np.ndarray, task: ProgressTask
+    folder: Path, batches: Iterator[list[bytes]], labels: np.ndarray, task: ProgressTask
 ) -> None:
-    files = itertools.chain.from_iterable(_encoded(batches))
+    files = itertools.chain.from_iterable(batches)
     for start in range(0, len(labels), IMAGES_PER_TAR):
         some = labels[start : start + IMAGES_PER_TAR]
         with tarfile.open(folder / f"{start // IMAGES_PER_TAR:06d}.tar", "w") as tar:
@@ -154,7 +186,7 @@ def _write_npz(
             }
             np.lib.format.write_array_header_1_0(member, header)
             for batch in batches:
-                member.write(np.ascontiguousarray(batch).data)
+                member.write(batch.data)
                 task.advance(len(batch))
         with archive.open("labels.npy", "w") as member:
             np.lib.format.write_array(member, labels, allow_pickle=False)

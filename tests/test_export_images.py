@@ -9,7 +9,7 @@ from PIL import Image
 from score_making import QUICK, tiny_generator, tiny_tokenizer
 
 from detok_pipe.evaluation.reference import read_reference
-from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError
+from detok_pipe.latents.errors import CacheError, ConfigError, InputError, MismatchError
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines import export_images as module
 from detok_pipe.pipelines.export_images import export_images
@@ -80,5 +80,7 @@ def test_bad_requests(store: SampleStore, tmp_path: Path) -> None:
         export_images(store, tiny_tokenizer(), tmp_path / "x", form="npz")
     with pytest.raises(ConfigError, match="choose one of png, npz, webdataset"):
         export_images(store, tiny_tokenizer(), tmp_path / "x", form="jpg")
+    with pytest.raises(InputError, match="11 samples; 12 cannot"):
+        export_images(store, tiny_tokenizer(), tmp_path / "x", count=12)
     with pytest.raises(MismatchError, match="does not belong"):
         export_images(store, tiny_tokenizer(fingerprint="other"), tmp_path / "x")

@@ -75,6 +75,21 @@ def test_two_processes_share_the_images_of_a_reference(runs: Path, tmp_path: Pat
         assert two["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-4), name
 
 
+def test_two_processes_export_what_one_exports(runs: Path, tmp_path: Path) -> None:
+    _run("sample", runs / "gen", "-n", 25, "--out", tmp_path / "s", *QUICK)
+    for processes in (1, 2):
+        for name in (f"{processes}", f"{processes}.npz"):
+            export = ("export-images", tmp_path / "s", "--out", tmp_path / name)
+            _run(*export, "--batch-size", 10, processes=processes)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "12"
+    )
+    assert len(one) == 26
+    assert one == two
+    with np.load(tmp_path / "1.npz") as first, np.load(tmp_path / "2.npz") as second:
+        np.testing.assert_array_equal(first["arr_0"], second["arr_0"])
+
+
 def test_killed_at_random_moments_gives_the_same_bits(runs: Path, tmp_path: Path) -> None:
     arguments = ("sample", runs / "gen", "-n", 2500, "--cfg", 2, *QUICK, "--out")
     _run(*arguments, tmp_path / "whole")
