@@ -192,6 +192,11 @@ class _Work:
         return json.loads(json.dumps(identity))
 
     @property
+    def digest(self) -> str:
+        """Stands in the parts' names, so that none of another set is ever taken for one of this."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
     def parts(self) -> list[tuple[int, int]]:
         """First image of each part, and the one behind its last."""
         size = max(_IMAGES_A_PART, -(-self.count // _MOST_PARTS))
@@ -258,10 +263,11 @@ class _Work:
                     np.savez(file, **arrays)
 
     def _file(self, start: int) -> Path:
-        return self.folder / f"{start:08d}.npz"
+        return self.folder / f"{self.digest}-{start:08d}.npz"
 
     def _write(self, stats: FeatureStats | None) -> None:
         if self.out.exists():  # another run of the same command was faster
+            shutil.rmtree(self.folder, ignore_errors=True)
             return
         moments, features = FeatureMoments(), []
         for start, _ in self.parts:

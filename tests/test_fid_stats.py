@@ -90,6 +90,20 @@ def test_interrupted_statistics_go_on_to_the_same_bits(
     assert whole.path.read_bytes() == out.read_bytes()
 
 
+def test_parts_of_other_images_are_never_used(
+    folder: Path, tmp_path: Path, small_parts: None
+) -> None:
+    """As a slower run of a command leaves them, whose faster twin has finished and tidied up."""
+    source, out = open_images(folder), tmp_path / "stats.npz"
+    rest = fid_stats(source, TinyFeatures(), tmp_path / "5.npz", size=16, quiet=True)
+    parts = out.with_name(f"{out.name}.parts")
+    with pytest.raises(InputError, match="does not exist"):  # the second of two writes its parts
+        fid_stats(source, TinyFeatures(), out, size=8, processes=Rank(1, 2), quiet=True)
+    fid_stats(source, TinyFeatures(), out, size=16, quiet=True)
+    assert out.read_bytes() == rest.path.read_bytes()
+    assert not parts.exists()
+
+
 def test_finished_statistics_are_not_computed_again_nor_overwritten(
     folder: Path, tmp_path: Path
 ) -> None:
