@@ -10,6 +10,7 @@ Everything is resumable: samples and features by shard, scores are computed agai
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,9 @@ class SweepPlan:
 
     @property
     def rows_per_shard(self) -> int:
-        """A divisor of the first rung, so that rungs end at shards; at most the usual size."""
+        """At most the usual size, and such that the first rung ends with a shard, or nearly."""
         first = self.rungs[0]
-        return max(d for d in range(1, min(first, ROWS_PER_SHARD) + 1) if first % d == 0)
+        return math.ceil(first / math.ceil(first / ROWS_PER_SHARD))
 
 
 def plan_for(
@@ -121,7 +122,7 @@ def plan_for(
         settings: other fields of :class:`SweepPlan`.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value out of its range, or an option that the generator does not use.
     """
     name = generator.record["config"]["generator"]
     sampling = sampling or sampling_of(generator)
@@ -132,6 +133,8 @@ def plan_for(
     if unguided_temperature is None:
         unguided_temperature = UNGUIDED_TEMPERATURE.get(name, 1.0)
     unguided = dataclasses.replace(sampling, guidance_scale=1.0, temperature=unguided_temperature)
+    for planned in (sampling, unguided):
+        generator.model.check_sampling(planned)
     return SweepPlan(scales=tuple(scales), sampling=sampling, unguided=unguided, **settings)
 
 

@@ -152,6 +152,19 @@ def test_what_does_not_fit_is_said_before_anything_is_sampled(tmp_path: Path) ->
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("count", "search", "size"),
+    [
+        *((10_000, "halving", 250), (10_000, "grid", 250), (40, "halving", 10)),
+        *((251, "grid", 126), (10_007, "grid", 245)),  # primes
+    ],
+)
+def test_shards_fit_the_first_rung(tmp_path: Path, count: int, search: str, size: int) -> None:
+    plan = plan_for(tiny_generator(tmp_path), count=count, search=search)
+    assert plan.rows_per_shard == size
+    assert -plan.rungs[0] % size < 50  # samples drawn beyond the first rung
+
+
 def test_bad_plans_are_named(tmp_path: Path) -> None:
     generator = tiny_generator(tmp_path)
     with pytest.raises(ConfigError, match="at least two different"):
