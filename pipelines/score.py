@@ -5,6 +5,7 @@ the guidance scale (see :func:`check_comparable`).
 """
 
 import copy
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -267,19 +268,23 @@ def make_record(
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a record to a JSON-lines file.
+    """Add a record to a JSON-lines file, on a new line even where the last one was cut short.
 
     Raises:
         StorageError: the disk is full or read-only.
     """
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, io.SEEK_END)
+                line = line if file.read() == b"\n" else b"\n" + line
+            file.write(line)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that was cut short is left out."""
+    """The records of a JSON-lines file; lines that were cut short are left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -132,10 +132,10 @@ def test_only_the_scale_may_differ_in_a_curve(store: SampleStore, tmp_path: Path
     reference = tiny_reference(tmp_path / "ref.npz")
     _, record = score(store, tiny_tokenizer(), TinyFeatures(), reference, quiet=True)
     path = tmp_path / "scores.jsonl"
-    append_record(path, record)
-    append_record(path, record)
-    with path.open("a") as file:
-        file.write('{"cut sho')
+    for _ in range(2):
+        append_record(path, record)
+        with path.open("a") as file:
+            file.write('{"cut sho')
     one, two = read_records(path)
     two["settings"]["samples"]["sampling"]["guidance_scale"] = 9.0
     check_comparable([one, two])
