@@ -21,7 +21,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from detok_pipe.latents.atomic import create_exclusive, remove_temporaries, storage_errors
+from detok_pipe.latents.atomic import (
+    TEMPORARY_PREFIX,
+    create_exclusive,
+    remove_temporaries,
+    storage_errors,
+)
 from detok_pipe.latents.errors import CacheError, ConfigError, MismatchError, NonFiniteError
 from detok_pipe.latents.manifest import read_json
 from detok_pipe.latents.plan import FORMAT_VERSION, canonical_json, check_version, first_difference
@@ -92,11 +97,11 @@ class SampleStore:
         }
         header = json.loads(canonical_json(header))
         where = path / HEADER
-        if not where.exists():
-            with storage_errors(path):
-                others = sorted(p.name for p in path.iterdir()) if path.exists() else []
-            if others and not others[0].startswith((".tmp-", HEADER)):
-                raise ConfigError(f"{path} is not empty ({others[0]}) and holds no samples")
+        with storage_errors(path):
+            names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+        others = [name for name in names if not name.startswith(TEMPORARY_PREFIX)]
+        if others and HEADER not in others:
+            raise ConfigError(f"{path} is not empty ({others[0]}) and holds no samples")
         if not create_exclusive(where, canonical_json(header | {"extra": dict(extra or {})})):
             found = read_json(where)
             check_version(found, str(where))

@@ -80,6 +80,17 @@ def test_other_samples_are_refused_and_the_field_named(tmp_path, name, changes):
         begin(tmp_path / "s", **changes)
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / ".tmp-left").touch()
+    begin(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in (".tmp-left", "thesis.tex"):
+        (other / name).touch()
+    with pytest.raises(ConfigError, match=r"not empty \(thesis\.tex\)"):
+        begin(other)
+
+
 def test_first_writer_wins(tmp_path):
     store = begin(tmp_path / "s")
     store.commit(0, Z[:4])
