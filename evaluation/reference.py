@@ -281,6 +281,5 @@ def write_reference(
     }
     if features is not None:
         arrays["feats"] = features.astype(np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def find_published(
     if download:
         try:
             return _downloaded(file, places[-1])
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             reason = f"the download of {file.url} failed: {getattr(error, 'reason', error)}"
     raise WeightsError(
         f"{file.name}, {file.purpose}, was not found (looked in "
@@ -114,7 +115,6 @@ def find_published(
 
 def _downloaded(file: PublishedFile, target: Path) -> Path:
     """Download to ``target``, which appears only if the checksum is right."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (
         urllib.request.urlopen(file.url, timeout=_TIMEOUT_SECONDS) as response,
         atomic_file(target) as temporary,
@@ -123,7 +123,12 @@ def _downloaded(file: PublishedFile, target: Path) -> Path:
         shown = tqdm.wrapattr(response, "read", total=size or None, desc=file.name)
         with shown as stream, temporary.open("wb") as out:
             shutil.copyfileobj(stream, out)
-        check_sha256(temporary, file.sha256)
+        found = sha256_file(temporary)
+        if not found.startswith(file.sha256):
+            raise WeightsError(
+                f"{file.url} gave {temporary.stat().st_size:,} bytes with the SHA-256 {found}, "
+                f"expected {file.sha256}: cut short or another file; run the same command again"
+            )
     return target
 
 

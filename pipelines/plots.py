@@ -265,7 +265,6 @@ def save(path: Path, png: bytes) -> Path:
     Raises:
         StorageError: the disk is full or read-only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(path, png)
     return path
 

@@ -176,7 +176,6 @@ def write_report(path: Path, report: Report) -> Path:
     Raises:
         StorageError: the disk is full or read-only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, render(report))
     return path
 

@@ -136,7 +136,6 @@ class StoredFeatures:
         parts = [part for part in self._parts(stop) if processes.mine(part[0])]
         missing = [part for part in parts if not self._file(part[0]).is_file()]
         if missing and processes.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "identity.json", self.identity)
         total, left = (sum(end - start for _, start, end in some) for some in (parts, missing))
         quiet = quiet or not processes.is_main
@@ -187,7 +186,6 @@ class StoredFeatures:
         if table.logits is not None:
             arrays["logits"] = table.logits
         path = self._file(shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
