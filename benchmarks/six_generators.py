@@ -61,6 +61,19 @@ def recipe(name: str, seed: int, steps: int) -> GeneratorConfig:
     )
 
 
+def sampler(name: str) -> dict[str, Any]:
+    """Changes to the published sampling options, of which each generator uses some."""
+    by_head = "head_width" in MODELS[name]
+    return {
+        "guidance_scale": SCALE,
+        "temperature": 0.8 if by_head else 1.0,
+        "clip": 4.0,
+        "iterations": 16,
+        "steps": 25 if by_head else 50,
+        "method": "euler",
+    }
+
+
 def final_loss(run: Path) -> float:
     """Mean training loss of the last tenth of a run."""
     losses = [record["loss"] for record in read_metrics(run) if "loss" in record]
@@ -86,21 +99,13 @@ def main(base: Path, out: Path, steps: int, seeds: int, samples: int, device: st
             run = out / f"{name}-seed{seed}"
             train_generator(recipe(name, seed, steps), base / "cache", run, execution)
             generator = load_generator(run, device=device or "cpu")
-            sampling = sampling_of(
-                generator,
-                guidance_scale=SCALE,
-                temperature=0.8 if "head_width" in MODELS[name] else 1.0,
-                clip=4.0,
-                iterations=16,
-                steps=25 if "head_width" in MODELS[name] else 50,
-                method="euler",
-            )
+            sampling = sampling_of(generator, **generator.model.used(sampler(name)))
             store = sample(
                 generator, run / "drawn", count=samples, sampling=sampling, batch_size=100
             )
             scored, _ = score(store, tokenizer, extractor, reference)
             if seed == 0:
-                rows.append(picture_row(name, store, tokenizer))
+                rows.append(picture_row(name.removesuffix("-b"), store, tokenizer))
             results.append(
                 {
                     "generator": name,
