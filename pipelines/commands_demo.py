@@ -4,7 +4,13 @@ from pathlib import Path
 
 import click
 
-from detok_pipe.pipelines.cli_options import FOLDER, device_option, quiet_option, seed_option
+from detok_pipe.pipelines.cli_options import (
+    FOLDER,
+    device_option,
+    quiet_option,
+    seed_option,
+    tokenizer_option,
+)
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 
@@ -68,7 +74,7 @@ def quickstart(
     multiple=True,
     help="Folder of a sweep. May be repeated.  [default: those in RUN]",
 )
-@click.option("--tokenizer", type=FOLDER, help="Decodes the samples; found beside RUN if it fits.")
+@tokenizer_option(required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="Page.  [default: RUN/report.html]")
 @device_option
 @quiet_option

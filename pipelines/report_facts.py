@@ -17,11 +17,11 @@ from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 from detok_pipe.pipelines.inspection import samples_folder
 from detok_pipe.pipelines.pictures import ImageRow
 from detok_pipe.pipelines.plots import Curve, Metric, curves_from_metrics
-from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
+from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
 from detok_pipe.pipelines.report_parts import ScoreRow
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
 from detok_pipe.pipelines.sweep import SWEEP, search_path
-from detok_pipe.pipelines.sweep_output import measured, scale_grid, sweep_metrics
+from detok_pipe.pipelines.sweep_output import final_name, measured, scale_grid, sweep_metrics
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class SweepFacts:
         name: of its folder.
         result: what ``sweep.json`` holds.
         rows: samples by scale.
-        command: the exact command that makes it again.
+        commands: the exact commands that make it again: first its reference's, where it is known.
     """
 
     name: str
     result: Mapping[str, Any]
     rows: Sequence[ImageRow]
-    command: str
+    commands: Sequence[str]
 
     @property
     def metrics(self) -> list[Metric]:
@@ -50,10 +50,8 @@ class SweepFacts:
         """The final scores, that at the best scale first."""
         rows = []
         for record in self.result["final"]:
-            settings = record["settings"]
-            scale = settings["samples"]["sampling"]["guidance_scale"]
-            metrics = measured(record["metrics"])
-            rows.append(ScoreRow(f"guidance scale {scale:g}", settings["count"], metrics))
+            settings, metrics = record["settings"], measured(record["metrics"])
+            rows.append(ScoreRow(final_name(record), settings["count"], metrics))
         return rows
 
     @property
@@ -90,14 +88,14 @@ def gather_run(
     run: Path,
     *,
     sweeps: Sequence[Path] = (),
-    tokenizer: TokenizerChoice | Path | None = None,
+    tokenizer: TokenizerChoice | None = None,
     device: torch.device | str = "cpu",
 ) -> RunFacts:
     """What a run directory and its sweeps tell.
 
     Args:
         sweeps: folders of sweeps; by default those in the run directory, "sweep" first.
-        tokenizer: decodes samples; by default one beside the run that fits.
+        tokenizer: decodes samples; by default each sweep's own, or one beside the run that fits.
 
     Raises:
         CheckpointError: it is no generator run.
@@ -113,6 +111,7 @@ def gather_run(
     report = ["detok-pipe", "report", str(run)]
     for sweep in sweeps:
         report += ["--sweep", str(sweep)]
+    report += _tokenizer_options(tokenizer)
     return RunFacts(
         name=run.resolve().name,
         record=record,
@@ -130,11 +129,10 @@ def _read_sweeps(
     folders: Sequence[Path],
     run: Path,
     record: Mapping[str, Any],
-    tokenizer: TokenizerChoice | Path | None,
+    tokenizer: TokenizerChoice | None,
     device: torch.device | str,
 ) -> list[SweepFacts]:
     encoder = {"fingerprint": record["inputs"]["tokenizer"]}
-    decoder = find_tokenizer(encoder, run, named=tokenizer, device=device)
     sweeps = []
     for folder in folders:
         try:
@@ -145,9 +143,11 @@ def _read_sweeps(
             (scale, open_sample_store(search_path(folder, scale)))
             for scale in result["plan"]["scales"]
         ]
+        own = tokenizer_of(result) if Path(result["tokenizer"]).exists() else None
+        decoder = find_tokenizer(encoder, run, named=tokenizer or own, device=device)
         rows = scale_grid(stores, decoder)
-        command = sweep_command(run, folder, result)
-        sweeps.append(SweepFacts(folder.resolve().name, result, rows, command))
+        commands = [*reference_command(result), sweep_command(run, folder, result)]
+        sweeps.append(SweepFacts(folder.resolve().name, result, rows, commands))
     return sweeps
 
 
@@ -178,16 +178,53 @@ def _picture(path: Path) -> Image.Image:
         raise InputError(f"{path} is no whole image; remove it: {error}") from error
 
 
+def tokenizer_of(result: Mapping[str, Any]) -> TokenizerChoice:
+    """The tokenizer that decoded a sweep's samples, as the command line names it."""
+    path, name = result["tokenizer"], result.get("tokenizer name")
+    if name in PUBLISHED_TOKENIZERS:
+        return TokenizerChoice(name, Path(path))
+    return TokenizerChoice(path)
+
+
+def _tokenizer_options(tokenizer: TokenizerChoice | None) -> list[str]:
+    name, weights = tokenizer or TokenizerChoice(None)
+    given = [] if name is None else ["--tokenizer", name]
+    return given if weights is None else [*given, "--weights", str(weights)]
+
+
+def _network_options(network: str) -> list[str]:
+    """What chooses the feature network of this name."""
+    if "@" not in network:
+        return ["--features", "inception"]
+    resolution = network.rpartition("@")[2]
+    return ["--features", "efficientnet-lite2", "--resolution", resolution]
+
+
+def reference_command(result: Mapping[str, Any]) -> list[str]:
+    """The command that made a sweep's reference, as a list of one; empty where it is unknown.
+
+    Unknown are files of others, and statistics of a choice of the images.
+    """
+    made_from = result.get("reference made from") or {}
+    source = made_from.get("source", {})
+    whole = source.get("images") == source.get("count", source.get("images"))
+    if source.get("kind") not in ("images", "npz") or not whole:
+        return []
+    words = ["detok-pipe", "fid-stats", source["path"], "--out", result["reference"]]
+    if source["kind"] == "images":
+        words += ["--size", str(made_from["image_size"])]
+    words += ["--keep-features", str(source["with features"])]
+    return [shlex.join(words + _network_options(made_from["extractor"]))]
+
+
 def sweep_command(run: Path, out: Path, result: Mapping[str, Any]) -> str:
     """The command that makes the sweep ``out`` again, with every option that matters."""
-    plan, network = result["plan"], result["settings"]["network"]["name"]
+    plan = result["plan"]
     sampling, unguided = plan["sampling"], plan["unguided"]
     low, high = sampling["guidance_interval"]
-    is_inception = "@" not in network
     options: dict[str, Any] = {
         "--out": out,
         "--ref": result["reference"],
-        "--tokenizer": result["tokenizer"],
         "--scales": ",".join(f"{scale:g}" for scale in plan["scales"]),
         "--num": plan["count"],
         "--final-num": plan["final_count"],
@@ -202,14 +239,15 @@ def sweep_command(run: Path, out: Path, result: Mapping[str, Any]) -> str:
         "--steps": sampling["steps"],
         "--num-iter": sampling["iterations"],
         "--method": sampling["method"],
-        "--features": "inception" if is_inception else "efficientnet-lite2",
-        "--resolution": None if is_inception else network.rpartition("@")[2],
+        "--batch-size": plan["batch_size"],
     }
     words = ["detok-pipe", "sweep-cfg", str(run)]
     for option, value in options.items():
         if value is not None:
             words += [option, str(value)]
     words += ["--interval", str(low), str(high)]
+    words += _tokenizer_options(tokenizer_of(result))
+    words += _network_options(result["settings"]["network"]["name"])
     if not result["generator"].get("ema", True):
         words.append("--no-ema")
     return shlex.join(words)

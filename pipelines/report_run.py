@@ -42,7 +42,8 @@ def run_page(facts: RunFacts) -> Report:
         sections.append(Section(f"Samples{of}", _samples(sweep.rows)))
     sections.append(Section("Scores", _scores(facts)))
     sections.append(Section("What it was made from", _origin(facts)))
-    lines = [facts.train, *(sweep.command for sweep in facts.sweeps), facts.report]
+    again = [line for sweep in facts.sweeps for line in sweep.commands]
+    lines = list(dict.fromkeys([facts.train, *again, facts.report]))
     caption = "The commands that make this run and this page."
     sections.append(
         Section("Again, exactly", [commands([line for line in lines if line], caption=caption)])

@@ -326,7 +326,9 @@ def sweep(
         "warnings": [*last[-1]["notes"], *edge_warning(plan.scales, best)],
         "settings": {k: v for k, v in last[-1]["settings"].items() if k != "samples"},
         "reference": str(reference.path),
+        "reference made from": reference.made_from,
         "tokenizer": str(tokenizer.path),
+        "tokenizer name": tokenizer.identity.get("name"),
     }
     if processes.is_main:
         atomic.write_json(out / SWEEP, result)

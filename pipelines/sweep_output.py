@@ -20,6 +20,15 @@ def sweep_metrics(result: Mapping[str, Any]) -> list[Metric]:
     return [Metric(**metric) for metric in result["metrics"]]
 
 
+def final_name(record: Mapping[str, Any]) -> str:
+    """What tells a sweep's final scores apart; that at scale 1 may have its own temperature."""
+    sampling = record["settings"]["samples"]["sampling"]
+    scale, temperature = sampling["guidance_scale"], sampling["temperature"]
+    return f"guidance scale {scale:g}" + (
+        "" if temperature == 1 else f", temperature {temperature:g}"
+    )
+
+
 def sweep_curves(result: Mapping[str, Any]) -> list[Sweep]:
     """One curve a rung, the last rung first: other counts have another bias.
 

@@ -16,6 +16,7 @@ from detok_pipe.pipelines.report_facts import (
     RunFacts,
     SweepFacts,
     gather_run,
+    reference_command,
     sweep_command,
     training_pictures,
 )
@@ -52,6 +53,7 @@ def sweep_result(text: str = "KD", network: str = "FID", ema: bool = True) -> di
             "final_count": 50,
             "seed": 7,
             "precision": "fp32",
+            "batch_size": 32,
         },
         "metrics": [{"name": text, "better": "lower"}],
         "rungs": [{"count": n, "points": [{"scale": 2.5, "metrics": value}]} for n in (10, 20)],
@@ -86,7 +88,9 @@ def run_facts(name: str = "mar-b", sweeps: int = 1) -> RunFacts:
         speed=[Curve("images a second", [1, 500], [20.0, 21.0])],
         pictures={name: rows("step 500", 1)},
         sweeps=[
-            SweepFacts(f"sweep {i} {name}", sweep_result(name), rows("scale 2.5"), f"again {name}")
+            SweepFacts(
+                f"sweep {i} {name}", sweep_result(name), rows("scale 2.5"), [f"again {name}"]
+            )
             for i in range(sweeps)
         ],
         train=f"train {name}",
@@ -140,6 +144,33 @@ def test_the_command_of_a_sweep_is_one_that_the_program_takes(network, ema) -> N
     assert words[words.index("--unguided-temperature") + 1] == "0.95"
     assert words[words.index("--interval") + 1 :][:2] == ["0.0", "1.0"]
     assert ("--resolution" in given) == (network != "FID")
+
+
+def test_commands_name_what_the_sweep_was_made_with(tmp_path) -> None:
+    result = sweep_result(network="FD-EffLite2@128")
+    words = shlex.split(sweep_command(Path("run"), Path("out"), result))
+    assert words[words.index("--tokenizer") + 1] == "tok"
+    assert words[words.index("--batch-size") + 1] == "32"
+    assert reference_command(result) == []  # a file of others
+    result |= {"tokenizer": "sd.bin", "tokenizer name": "sd-vae"}
+    words = shlex.split(sweep_command(Path("run"), Path("out"), result))
+    assert words[words.index("--tokenizer") :][:4] == [
+        "--tokenizer",
+        "sd-vae",
+        "--weights",
+        "sd.bin",
+    ]
+    source = {"kind": "images", "path": "/my images", "images": 9, "count": 9, "with features": 5}
+    made_from = {"extractor": "FD-EffLite2@128", "image_size": 64, "source": source}
+    result["reference made from"] = made_from
+    assert reference_command(result) == [
+        "detok-pipe fid-stats '/my images' --out 'my ref.npz' --size 64 --keep-features 5 "
+        "--features efficientnet-lite2 --resolution 128"
+    ]
+    source["kind"] = "npz"
+    assert "--size" not in reference_command(result)[0]
+    source |= {"kind": "images", "count": 20}
+    assert reference_command(result) == []  # of a choice of the images
 
 
 def test_a_run_directory_is_read(tmp_path) -> None:

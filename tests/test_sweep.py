@@ -16,6 +16,7 @@ from score_making import (
 )
 
 from detok_pipe.evaluation.reference import read_reference
+from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import ConfigError, DetokError, MismatchError
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines import sweep_output
@@ -53,6 +54,7 @@ def _run(tmp_path: Path, extractor: TinyFeatures | None = None, **settings: obje
 def test_grid_finds_the_lowest_and_scores_on_other_samples(tmp_path: Path) -> None:
     result = _run(tmp_path)
     assert json_of(tmp_path / "sweep" / "sweep.json") == result
+    assert result["reference made from"]["source"] == {"count": 60}
     (rung,) = result["rungs"]
     values = {p["scale"]: p["metrics"]["FD-EffLite2@32"]["value"] for p in rung["points"]}
     assert list(values) == list(SCALES)
@@ -124,7 +126,12 @@ def test_published_grids_and_temperatures(tmp_path: Path) -> None:
     flow = plan_for(tiny_generator(tmp_path))
     assert flow.scales == FLOW_SCALES
     assert (flow.count, flow.final_count) == (10_000, 50_000)
-    generator = tiny_generator(tmp_path)
+    with pytest.raises(ConfigError, match=r"temperature 0\.9: SiT does not use"):
+        plan_for(tiny_generator(tmp_path), unguided_temperature=0.9)
+    small = {"grid": (4, 4), "channels": 4, "num_classes": 10, "width": 32, "depth": 1, "heads": 2}
+    generator = dataclasses.replace(
+        tiny_generator(tmp_path), model=build_generator("mar-b", **small)
+    )
     generator.record["config"]["generator"] = "mar-b"
     mar = plan_for(generator)
     assert mar.scales == MAR_SCALES
