@@ -17,14 +17,11 @@ import numpy as np
 import torch
 
 from detok_pipe.evaluation.features import FeatureExtractor, load_extractor
-from detok_pipe.evaluation.linear_probe import LinearProbe
 from detok_pipe.evaluation.reference import Reference, read_reference
-from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents import atomic
 from detok_pipe.latents.cache import LatentCache, open_cache
 from detok_pipe.latents.convert import convert
 from detok_pipe.latents.errors import CacheError, MismatchError
-from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.plan import first_difference
 from detok_pipe.latents.sample_store import SampleStore, open_sample_store
 from detok_pipe.latents.verify import describe, verify
@@ -32,23 +29,21 @@ from detok_pipe.pipelines.config import Execution
 from detok_pipe.pipelines.demo_presets import Demo
 from detok_pipe.pipelines.emoji import EmojiImages, make_emoji_images
 from detok_pipe.pipelines.encode import encode, make_plan
-from detok_pipe.pipelines.fid_stats import fid_stats, image_batches
+from detok_pipe.pipelines.fid_stats import fid_stats
 from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
+from detok_pipe.pipelines.quickstart_comparisons import compare
 from detok_pipe.pipelines.quickstart_page import write_page
 from detok_pipe.pipelines.reconstruct import evaluate_tokenizer
 from detok_pipe.pipelines.run_directory import locked
-from detok_pipe.pipelines.sample import sample, sampled_classes
-from detok_pipe.pipelines.score import measure, real_features, score
-from detok_pipe.pipelines.stored_features import FeatureTable, StoredFeatures, features_of
+from detok_pipe.pipelines.score import real_features
 from detok_pipe.pipelines.sweep import final_path, plan_for, sweep
 from detok_pipe.pipelines.train_generator import train_generator
 from detok_pipe.pipelines.train_tokenizer import train_tokenizer
 from detok_pipe.pipelines.trained import (
     TrainedGenerator,
     TrainedTokenizer,
-    fingerprint,
     load_generator,
     load_tokenizer,
 )
@@ -278,112 +273,7 @@ class Quickstart:
 
     def compare(self) -> dict[str, Any]:
         """Score what the trained model must beat, and real images; probe the classes."""
-        rows = {}
-        for name, store in (("untrained", self._untrained()), ("gaussian", self._gaussian())):
-            scores, _ = score(
-                store,
-                self.tokenizer,
-                self.extractor,
-                self.reference,
-                real=self.real,
-                name=f"score {name}",
-                quiet=self.quiet,
-            )
-            rows[name] = {k: dataclasses.asdict(v) for k, v in scores.metrics.items()}
-        held_out, held_out_labels = self._features(self.held_out_images)
-        scores = measure(held_out, self.reference, self.extractor, real=self.real)
-        rows["held out"] = {k: dataclasses.asdict(v) for k, v in scores.metrics.items()}
-        return {
-            "scores": rows,
-            "held out": len(held_out),
-            "probe": self._probe(held_out, held_out_labels),
-        }
-
-    def _features(self, source: ImageSource) -> tuple[FeatureTable, np.ndarray]:
-        """Features of real images of the generator's classes, and their labels."""
-        rows = self.class_rows(source)
-        batches = image_batches(source, self.tokenizer.image_size, 64, rows=rows)
-        return features_of(self.extractor, batches), source.labels[rows]
-
-    def _untrained(self) -> SampleStore:
-        """Samples of the same network as it was before training."""
-        config = self.demo.generator
-        torch.manual_seed(config.seed)
-        model = build_generator(
-            config.generator,
-            grid=self.cache.grid,
-            channels=self.cache.channels,
-            num_classes=self.cache.num_classes,
-            **config.model,
-        )
-        model = model.to(self.device).eval().requires_grad_(False)
-        identity = {
-            **self.generator.identity,
-            "weights": fingerprint(model.state_dict()),
-            "step": 0,
-        }
-        untrained = dataclasses.replace(self.generator, model=model, identity=identity)
-        return sample(
-            untrained,
-            self.out / "comparisons" / "untrained",
-            count=self.demo.final_count,
-            sampling=self.demo.sampling,
-            seed=self.seed,
-            batch_size=100,
-            name="sample untrained",
-            quiet=self.quiet,
-        )
-
-    def _gaussian(self) -> SampleStore:
-        """Latents drawn from a Gaussian fitted per position to the cached means."""
-        count, cache = self.demo.final_count, self.cache
-        wanted = [
-            cache.class_names.index(n) for n in self.demo.generator.classes or cache.class_names
-        ]
-        rows = np.flatnonzero(np.isin(cache.labels, wanted))
-        z = np.concatenate([cache.rows(rows, view) for view in cache.views]).astype(np.float64)
-        mean = z.mean(0)  # (N, C)
-        covariance = np.einsum("bnc,bnd->ncd", z - mean, z - mean) / (len(z) - 1)
-        factor = np.linalg.cholesky(covariance + 1e-6 * np.eye(cache.channels))  # (N, C, C)
-        noise = Noise(self.seed, np.arange(count)).normal("gaussian", mean.shape).numpy()
-        store = SampleStore.open(
-            self.out / "comparisons" / "gaussian",
-            {
-                "generator": "Gaussian per position",
-                "cache": cache.fingerprint,
-                "tokenizer": cache.tokenizer["fingerprint"],
-                "classes": wanted,
-                "seed": self.seed,
-            },
-            count=count,
-            grid=cache.grid,
-            channels=cache.channels,
-            stats=cache.stats,
-            rows_per_shard=count,
-        )
-        if not store.complete:
-            store.commit(0, mean + np.einsum("ncd,bnd->bnc", factor, noise))
-        return store
-
-    def _probe(self, held_out: FeatureTable, held_out_labels: np.ndarray) -> dict[str, float]:
-        """Does a classifier of real images recognise the classes of the samples?"""
-        rows = self.class_rows(self.train_images)
-        labels = torch.from_numpy(self.train_images.labels[rows]).long()
-        probe = LinearProbe.fit(torch.from_numpy(self.real), labels)
-        store = self.final_store()
-        samples = StoredFeatures(store, self.tokenizer, self.extractor).read()
-        classes = sampled_classes(self.generator)
-        first = store.identity["first"]
-        wanted = [classes[(first + i) % len(classes)] for i in range(len(samples))]
-
-        def accuracy(features: np.ndarray, wanted: np.ndarray | list[int]) -> float:
-            return probe.accuracy(torch.from_numpy(features), torch.as_tensor(wanted))
-
-        return {
-            "samples": accuracy(samples.features, wanted),
-            "held out": accuracy(held_out.features, held_out_labels),
-            "chance": 1 / len(classes),
-        }
+        return compare(self)
 
     def report(self) -> dict[str, Any]:
         """Draw the pictures and write the page."""
