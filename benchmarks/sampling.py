@@ -40,6 +40,7 @@ from detok_pipe.generators.ardiff import ARDiff
 from detok_pipe.generators.backbone import Backbone
 from detok_pipe.generators.diffusion import schedule
 from detok_pipe.generators.dit import DiT
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.head_net import HeadNet
 from detok_pipe.generators.head_sampler import HeadSampler
@@ -228,7 +229,7 @@ PLAIN: dict[str, Sampler] = {
 }
 
 
-def build(name: str, size: str, device: torch.device) -> nn.Module:
+def build(name: str, size: str, device: torch.device) -> Generator:
     """A generator with random weights everywhere, so that no layer is the identity or zero."""
     overrides: dict[str, Any] = {}
     if size == "small":
@@ -346,7 +347,8 @@ def compare(
     """One line of the table; ``rate`` is the device's FLOP/s in a matrix product."""
     model = build(name, size, device)
     fast = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32)
-    sampling = replace(default_sampling(name), steps=steps, iterations=iterations)
+    changes = model.used({"steps": steps, "iterations": iterations})
+    sampling = replace(default_sampling(name), **changes)
     condition = (torch.arange(batch, device=device) * 37) % 1000
     noise = Noise(0, range(batch), device=device)
     clock = Clock(device)

@@ -51,8 +51,7 @@ class ARDiff(TokenGenerator):
     """Autoregressive generator: RandomAR (`order="random"`) or RasterAR (`order="raster"`).
 
     Noise names: "label_drop", "order" (random order only), "head/t", "head/noise" in training;
-    "order" and "head/<token>" in sampling. Sampling uses all options but `iterations` and
-    `method`; `steps` None means 100 head steps.
+    "order" and "head/<token>" in sampling, whose `steps` None means 100 head steps.
 
     Args:
         width, depth, heads: of the transformer.
@@ -84,6 +83,11 @@ class ARDiff(TokenGenerator):
         )
         self.final_layer = FinalModulation(width)
         self.init_weights()
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return "RandomAR" if self.order == "random" else "RasterAR"
 
     @property
     def blocks(self) -> Sequence[AdaLNBlock]:
@@ -121,11 +125,7 @@ class ARDiff(TokenGenerator):
         decoded = self.transform(tokens, order, condition)
         return self.diffloss.loss(tokens, decoded, noise, self.head_draws)
 
-    forward = loss
-
-    @torch.no_grad()
-    def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
-        """Labels (B,) int64, -1 for null -> latents (B, N p^2, C) fp32, normalised."""
+    def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         batch = len(condition)
         scales = [scale_at(sampling, i / self.tokens) for i in range(self.tokens)]
         # Beyond the last guided step nobody asks for the null half's keys and values.

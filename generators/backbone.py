@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detok_pipe.generators.attention import Rope
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.guidance import combine
 from detok_pipe.generators.layers import (
     AdaLNBlock,
@@ -85,7 +86,7 @@ class Blocks(nn.Module):
         return x
 
 
-class Backbone(nn.Module):
+class Backbone(Generator):
     """x_t (B, N, C), time, label -> `outputs` predictions for each of the N C numbers.
 
     A kind of generator sets the class attributes, and says at which times it trains and with
@@ -218,8 +219,6 @@ class Backbone(nn.Module):
             condition = drop_labels(condition, self.label_drop, noise)
         t = self.training_times(noise)
         return self.losses(z, condition, t, noise.normal("noise", z.shape[1:])).mean()
-
-    forward = loss
 
     def compile_sampler(self) -> None:
         """Let `sample` evaluate the network compiled."""

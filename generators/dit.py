@@ -7,11 +7,11 @@ steps, eps prediction, learned-range variance.
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from detok_pipe.generators.backbone import Backbone
 from detok_pipe.generators.diffusion import TRAIN_STEPS, GaussianDiffusion, ReverseChain
+from detok_pipe.generators.generator import GUIDANCE_OPTIONS
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.layers import AnyNoise
 from detok_pipe.generators.sampling import Sampling
@@ -21,14 +21,15 @@ class DiT(Backbone):
     """Diffusion transformer. `network` takes step numbers and returns (B, N, 2C): eps, then v.
 
     Noise names: "label_drop", "t", "noise" in training; "start" and "step/<i>" in sampling, i
-    counting the respaced chain down to 0. Sampling uses the guidance options (on eps only; the
-    published classic guides `guided_channels=3`), `temperature`, `clip` and `steps` (None: 250).
+    counting the respaced chain down to 0. Guidance acts on eps only; the published classic has
+    `guided_channels=3`. `steps` None means 250.
 
     Args:
         sizes: see `Backbone`.
     """
 
     outputs = 2
+    sampling_options = GUIDANCE_OPTIONS | {"temperature", "clip", "steps"}
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
@@ -44,9 +45,7 @@ class DiT(Backbone):
         mse, vlb = self.diffusion.losses(z, eps, t, predicted, v)
         return mse + vlb
 
-    @torch.no_grad()
-    def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
-        """Labels (B,) int64, -1 for null -> latents (B, N, C) fp32, normalised."""
+    def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         batch, shape = len(condition), (self.places, self.channels)
         chain = ReverseChain(
             "linear",
@@ -55,7 +54,7 @@ class DiT(Backbone):
             clip=sampling.clip,
             device=condition.device,
         )
-        eps_channels = min(sampling.guided_channels or self.channels, self.channels)
+        eps_channels = sampling.guided_channels or self.channels
         x = noise.normal("start", shape)
         for i in reversed(range(chain.steps)):
             t = np.full(batch, chain.timestep_map[i])

@@ -56,8 +56,8 @@ class MAR(TokenGenerator):
     """Masked autoregressive generator.
 
     Noise names: "label_drop", "order", "mask_ratio" (shared), "head/t", "head/noise" in training;
-    "order" and "head/<iteration>" in sampling. Sampling uses all options but `method`; None means
-    64 iterations (or one a token, if fewer or where latents are a sequence) and 100 head steps.
+    "order" and "head/<iteration>" in sampling. Options that are None mean 64 iterations (or one a
+    token, if fewer or where latents are a sequence) and 100 head steps.
 
     Args:
         width, depth, heads: of both encoder and decoder (depth blocks each).
@@ -65,6 +65,8 @@ class MAR(TokenGenerator):
         dropout: in the attentions, in training.
         common: see `TokenGenerator`.
     """
+
+    sampling_options = TokenGenerator.sampling_options | {"iterations"}
 
     def __init__(
         self,
@@ -146,11 +148,7 @@ class MAR(TokenGenerator):
         decoded = self.decode(self.encode(torch.cat(inputs, dim=1)), positions, masked)
         return self.diffloss.loss(pick(tokens, masked), decoded, noise, self.head_draws)
 
-    forward = loss
-
-    @torch.no_grad()
-    def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
-        """Labels (B,) int64, -1 for null -> latents (B, N p^2, C) fp32, normalised."""
+    def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         batch, width, device = len(condition), self.mask_token.shape[-1], condition.device
         usual = self.tokens if len(self.grid) == 1 else min(64, self.tokens)
         counts = reveal_counts(self.tokens, sampling.iterations or usual)

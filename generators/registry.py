@@ -1,7 +1,6 @@
 """Generators by name: one table of sizes, one constructor each.
 
-Every generator has `tokens`, `channels`, `num_classes` and the methods `loss(z, condition, noise)`
-(also its `forward`), `sample(condition, sampling, noise)` and `compile_sampler()`.
+What each offers is in `generator.Generator`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from detok_pipe.generators.ardiff import ARDiff
 from detok_pipe.generators.dit import DiT
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.lightningdit import LightningDiT
 from detok_pipe.generators.mar import MAR
 from detok_pipe.generators.sampling import Sampling
@@ -44,7 +42,7 @@ class Family:
             where one is published.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., Generator]
     sizes: Mapping[str, tuple[int, int, int]]
     sampling: Sampling
 
@@ -108,24 +106,36 @@ def default_sampling(name: str) -> Sampling:
     return _family(name)[0].sampling
 
 
-def _options(build: Callable[..., nn.Module]) -> list[str]:
-    """Names of the constructor arguments that may be overridden, the base classes' included."""
+def _options(build: Callable[..., Generator]) -> dict[str, str]:
+    """Name and type of each constructor argument that may be overridden, of base classes too."""
     given = {"self", "grid", "channels", "num_classes"}
     kind: Any = build
     if isinstance(build, partial):
         given |= set(build.keywords)
         kind = build.func
-    names = set()
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    types = {}
+    for base in kind.__mro__[: kind.__mro__.index(Generator)]:
         for name, parameter in inspect.signature(base.__init__).parameters.items():
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                names.add(name)
-    return sorted(names - given)
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name not in given:
+                kind_of = parameter.annotation
+                types[name] = kind_of if isinstance(kind_of, str) else kind_of.__name__
+    return dict(sorted(types.items()))
+
+
+# What a value of each type of option must be.
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "float": (
+        "a number from 0 to 1",
+        lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    ),
+}
 
 
 def build_generator(
     name: str, *, grid: Sequence[int], channels: int, num_classes: int, **overrides: Any
-) -> nn.Module:
+) -> Generator:
     """A freshly initialised generator (from torch's seed), on the CPU.
 
     Args:
@@ -139,9 +149,12 @@ def build_generator(
     """
     family, (width, depth, heads) = _family(name)
     known = _options(family.build)
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in known:
             raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")
+        wanted, valid = _VALID[known[key]]
+        if not valid(value):
+            raise ConfigError(f"{name}: {key} must be {wanted}, got {value!r}")
     options = {"width": width, "depth": depth, "heads": heads, **overrides}
     if options["width"] % options["heads"]:
         raise ConfigError(

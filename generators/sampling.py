@@ -13,12 +13,12 @@ GuidanceSchedule = Literal["constant", "linear"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options, shared by all generators; each model's docstring says what it uses.
+    """Sampling options, shared by all generators; each refuses those that it does not use.
 
     Attributes:
         guidance_scale: s in null + s (conditional - null); 1 is no guidance.
-        guidance_schedule: how the scale moves with sampling progress (MAR, RandomAR, RasterAR):
-            "linear" from 1 to `guidance_scale`, or "constant".
+        guidance_schedule: how the scale moves with sampling progress: "linear" from 1 to
+            `guidance_scale`, or "constant".
         guidance_interval: guidance is on while low <= progress <= high, progress running from
             0 (noise, or no token) to 1 (data, or all tokens); elsewhere the scale is 1.
         guided_channels: guide only the first so many latent channels (None: all).

@@ -5,11 +5,11 @@ interpolant transformers". Time runs from 0 (noise) to 1 (data).
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from detok_pipe.generators import flow
 from detok_pipe.generators.backbone import Backbone
+from detok_pipe.generators.generator import GUIDANCE_OPTIONS
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.layers import AnyNoise
 from detok_pipe.generators.sampling import Sampling
@@ -19,14 +19,15 @@ from detok_pipe.latents.errors import ConfigError
 class SiT(Backbone):
     """Scalable interpolant transformer: `network` takes t in [0, 1], returns a velocity (B, N, C).
 
-    Noise names: "label_drop", "t", "noise" in training, "start" in sampling. Sampling uses the
-    guidance options, `method` (None: euler) and `steps`, the number of time points of Euler's
-    method (None: 250, which are 249 steps); dopri5 chooses its own steps, for each image.
+    Noise names: "label_drop", "t", "noise" in training, "start" in sampling. `method` None means
+    euler; `steps` is the number of its time points (None: 250, which are 249 steps). dopri5
+    chooses its own steps, for each image.
 
     Args:
         sizes: see `Backbone`.
     """
 
+    sampling_options = GUIDANCE_OPTIONS | {"steps", "method"}
     shift = 1.0  # of the time points of Euler's method, see `flow.times`
 
     def training_times(self, noise: AnyNoise) -> Tensor:
@@ -52,18 +53,15 @@ class SiT(Backbone):
 
         return velocity
 
-    @torch.no_grad()
-    def sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
-        """Labels (B,) int64, -1 for null -> latents (B, N, C) fp32, normalised.
-
-        Raises:
-            ConfigError: a temperature other than 1; an ODE draws no noise after its start.
-        """
-        if sampling.temperature != 1.0:
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.method == "dopri5" and sampling.steps is not None:
             raise ConfigError(
-                f"temperature {sampling.temperature}: {type(self).__name__} follows an ODE, "
-                "which adds no noise; leave the temperature at 1"
+                f"steps {sampling.steps}: dopri5 chooses its own steps; leave steps out, or use "
+                "the euler method"
             )
+
+    def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         start = noise.normal("start", (self.places, self.channels))
         velocity = self.velocity(condition, sampling)
         if sampling.method == "dopri5":

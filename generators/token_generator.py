@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detok_pipe.generators.generator import GUIDANCE_OPTIONS, Generator
 from detok_pipe.generators.head import DiffusionHead
 from detok_pipe.generators.layers import (
     AnyNoise,
@@ -22,7 +23,7 @@ from detok_pipe.generators.layers import (
 from detok_pipe.generators.patch import patchify, token_grid, unpatchify
 
 
-class TokenGenerator(nn.Module):
+class TokenGenerator(Generator):
     """Base of the generators whose transformer gives each token's condition to a diffusion head.
 
     A subclass makes its own layers, then calls `init_weights`. Module and parameter names follow
@@ -38,6 +39,8 @@ class TokenGenerator(nn.Module):
     Raises:
         ConfigError: the patches do not tile the grid.
     """
+
+    sampling_options = GUIDANCE_OPTIONS | {"temperature", "clip", "steps"}
 
     def __init__(
         self,

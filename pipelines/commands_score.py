@@ -1,5 +1,6 @@
 """Commands that sample and score: ``sample``, ``score``, ``sweep-cfg``."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,20 +37,11 @@ Number = TypeVar("Number", int, float)
 
 
 def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any) -> "Sampling":
+    from detok_pipe.generators.sampling import Sampling
     from detok_pipe.pipelines.sample import sampling_of
 
-    return sampling_of(
-        generator,
-        guidance_scale=scale,
-        guidance_schedule=values["schedule"],
-        guidance_interval=values["interval"] or None,
-        guided_channels=values["guided_channels"],
-        temperature=values["temperature"],
-        clip=values["clip"],
-        steps=values["steps"],
-        iterations=values["iterations"],
-        method=values["method"],
-    )
+    given = {field.name: values.get(field.name) for field in dataclasses.fields(Sampling)}
+    return sampling_of(generator, **given | {"guidance_scale": scale})
 
 
 @click.command("sample")

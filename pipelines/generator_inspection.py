@@ -162,7 +162,7 @@ class _Sampler:
             generator,
             folder,
             count=count,
-            sampling=sampling_of(generator, **_SAMPLER),
+            sampling=sampling_of(generator, **generator.model.used(_SAMPLER)),
             classes=classes,
             precision=self._config.precision,
             processes=processes,

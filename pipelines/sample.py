@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.registry import default_sampling
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError, NonFiniteError
@@ -92,12 +92,13 @@ def sample(
     Raises:
         MismatchError: the store holds samples of other settings; the field is named.
         NonFiniteError: the generator gave NaN or infinite latents, or beyond fp16's range.
-        ConfigError: no samples, a label that the generator does not know, or ``compiled`` where
-            torch.compile does not work.
+        ConfigError: no samples, a label that the generator does not know, a sampling option that
+            it does not use, or ``compiled`` where torch.compile does not work.
         StorageError: the disk is full; shards written before stay.
     """
     processes = processes or Processes(device=next(generator.model.parameters()).device)
     classes = sampled_classes(generator) if classes is None else list(classes)
+    generator.model.check_sampling(sampling)
     _check(generator, count, classes)
     dtype = resolve_precision(precision, processes.device)
     identity = {
@@ -143,7 +144,7 @@ def sample(
                 labels = torch.from_numpy(labels_of(ids, classes)).to(processes.device)
                 noise = Noise(seed, ids, device=processes.device)
                 with compile_errors() if compiled else nullcontext():
-                    z = model.sample(labels, sampling, noise)  # type: ignore[operator]
+                    z = model.sample(labels, sampling, noise)
                 rows.append(_checked(z.cpu().numpy(), ids, sampling))
                 task.advance(len(ids))
             store.commit(shard, np.concatenate(rows))
@@ -163,7 +164,7 @@ def _check(generator: TrainedGenerator, count: int, classes: list[int]) -> None:
         raise ConfigError("no classes to sample")
 
 
-def _prepared(model: nn.Module, dtype: str, compiled: bool) -> nn.Module:
+def _prepared(model: Generator, dtype: str, compiled: bool) -> Generator:
     """The network as it samples, its weights cast once; ``model`` stays as it is."""
     if dtype == "fp32" and not compiled:
         return model
@@ -171,7 +172,7 @@ def _prepared(model: nn.Module, dtype: str, compiled: bool) -> nn.Module:
     if dtype == "bf16":
         prepared.to(torch.bfloat16)
     if compiled:
-        prepared.compile_sampler()  # type: ignore[operator]
+        prepared.compile_sampler()
     return prepared
 
 

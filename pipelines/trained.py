@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, MismatchError
 from detok_pipe.latents.stats import LatentStats
@@ -62,7 +63,7 @@ class TrainedGenerator:
         class_names: names of the labels. record: the run's whole ``config.json``.
     """
 
-    model: nn.Module
+    model: Generator
     stats: LatentStats
     grid: tuple[int, ...]
     class_names: list[str]
@@ -92,6 +93,10 @@ def network_of(record: dict[str, Any], where: Path) -> nn.Module:
     file = str(where / "config.json")
     if record["kind"] == "tokenizer":
         return build_tokenizer(from_json(TokenizerConfig, record["config"], where=file))
+    return _generator_of(record, file)
+
+
+def _generator_of(record: dict[str, Any], file: str) -> Generator:
     config = from_json(GeneratorConfig, record["config"], where=file)
     latents = record["latents"]
     return build_generator(
@@ -172,7 +177,7 @@ def load_generator(
         CheckpointError: no generator run, no checkpoint, or a checkpoint of another network.
     """
     record = read_config(run, "generator")
-    model = network_of(record, run)
+    model = _generator_of(record, str(run / "config.json"))
     checkpoint = _newest(run)
     tensors = checkpoint.tensors("ema" if ema else "model")
     config = record["config"]

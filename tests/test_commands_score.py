@@ -66,12 +66,14 @@ def test_sample_score_export(
     assert abs(value["FD-EffLite2@32"]["value"]) < 1e-3
 
 
-def test_sampling_options_reach_the_record(runs: Path, tmp_path: Path) -> None:
+def test_sampling_options_reach_the_record(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every option of sampling by its name on the command line."""
     out = tmp_path / "samples"
     options = (
         *("--cfg", 2.5, "--schedule", "linear", "--interval", 0.25, 0.75, "--guided-channels", 3),
-        *("--temperature", 1, "--clip", 4, "--steps", 3, "--num-iter", 8, "--method", "euler"),
+        *("--temperature", 1, "--steps", 3, "--method", "euler"),
     )
     more = ("--classes", "1,0", "--first", 3, "--seed", 5, "--precision", "fp32", "--no-ema")
     assert run("sample", runs / "gen", "-n", 2, "--out", out, "-q", *options, *more) == 0
@@ -82,13 +84,23 @@ def test_sampling_options_reach_the_record(runs: Path, tmp_path: Path) -> None:
         "guidance_interval": [0.25, 0.75],
         "guided_channels": 3,
         "temperature": 1.0,
-        "clip": 4.0,
+        "clip": None,
         "steps": 3,
-        "iterations": 8,
+        "iterations": None,
         "method": "euler",
     }
     expected = {"classes": [1, 0], "first": 3, "seed": 5, "dtype": "fp32", "ema": False}
     assert {key: identity[key] for key in expected} == expected
+    # Those that the generator does not use leave nothing behind.
+    for option, value, named in (
+        ("--temperature", 0.9, "temperature 0.9"),
+        ("--clip", 4, "clip 4.0"),
+        ("--num-iter", 8, "iterations 8"),
+    ):
+        unused = ("-n", 2, "--out", tmp_path / "unused", "-q", option, value)
+        assert run("sample", runs / "gen", *unused) == 2
+        assert f"{named}: SiT does not use" in capsys.readouterr().err
+    assert not (tmp_path / "unused").exists()
 
 
 def test_sample_without_its_tokenizer(

@@ -1,5 +1,6 @@
 """Every generator by name: keys and sizes of the published ones, options, errors."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from detok_pipe.generators.registry import (
     default_sampling,
     generator_names,
 )
+from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise
 
@@ -70,11 +72,57 @@ def test_contract(family):
     # One process must not wait for another's gradient: every parameter takes part in every loss.
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     sampling = default_sampling(f"{family}-b")
-    quick = type(sampling)(**{**sampling.__dict__, "steps": 3, "clip": 3.0})
+    quick = dataclasses.replace(sampling, **model.used({"steps": 3, "clip": 3.0}))
     out = model.eval().sample(condition, quick, noise)
     assert out.shape == z.shape
     assert out.dtype == torch.float32
     assert torch.isfinite(out).all()
+
+
+CHANGED = Sampling(
+    guidance_scale=2.0,
+    guidance_schedule="linear",
+    guidance_interval=(0.5, 0.9),
+    guided_channels=2,
+    temperature=0.5,
+    clip=2.0,
+    steps=4,
+    iterations=4,
+    method="euler",
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(Sampling)])
+def test_each_sampling_option_has_an_effect_or_is_refused(family, option, golden_weights):
+    model = golden_weights(
+        build_generator(
+            f"{family}-b", grid=(4, 4), channels=4, num_classes=10, width=32, depth=1, heads=2
+        )
+    )
+
+    def draw(sampling):
+        return model.sample(torch.tensor([3, 5]), sampling, Noise(0, [0, 1]))
+
+    usual = dataclasses.replace(
+        Sampling(), **model.used({"guidance_scale": 3.0, "steps": 3, "clip": 4.0})
+    )
+    changed = dataclasses.replace(usual, **{option: getattr(CHANGED, option)})
+    if option not in model.sampling_options:
+        with pytest.raises(ConfigError, match=rf"{option} .*{model.title} does not use"):
+            draw(changed)
+    elif option != "method":  # Euler's method is the usual one
+        assert not torch.equal(draw(changed), draw(usual))
+
+
+def test_options_without_effect_are_refused():
+    model = build_generator(
+        "sit-b", grid=(4, 4), channels=4, num_classes=10, width=32, depth=1, heads=2
+    )
+    with pytest.raises(ConfigError, match="steps 3: dopri5"):
+        model.check_sampling(Sampling(method="dopri5", steps=3))
+    with pytest.raises(ConfigError, match="guided_channels 5: the latents have 4"):
+        model.check_sampling(Sampling(guided_channels=5))
 
 
 @pytest.mark.parametrize("name", generator_names())
@@ -91,5 +139,8 @@ def test_errors():
         build("random-ar-b", order="raster")
     with pytest.raises(ConfigError, match="no multiple of heads"):
         build("mar-b", width=100)
+    for option, value in (("heads", 0), ("depth", "two"), ("label_drop", 2.0), ("qk_norm", 1)):
+        with pytest.raises(ConfigError, match=f"{option} must be .*, got {value!r}"):
+            build("lightningdit-b", **{option: value})
     with pytest.raises(ConfigError, match="does not divide"):
         build_generator("mar-b", grid=(5, 4), channels=4, num_classes=2, patch_size=2)
