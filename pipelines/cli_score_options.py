@@ -37,11 +37,13 @@ def num_option(least: int, **settings: Any) -> Callable[[Command], Command]:
 sampling_options = together(
     click.option(
         "--schedule",
+        "guidance_schedule",
         type=click.Choice(["constant", "linear"]),
         help="How the scale moves while tokens are revealed.",
     ),
     click.option(
         "--interval",
+        "guidance_interval",
         nargs=2,
         type=float,
         metavar="LOW HIGH",
@@ -160,8 +162,8 @@ def open_reference(
 def decoder_of(
     store: "SampleStore", tokenizer: "TokenizerChoice | None", processes: "Processes"
 ) -> "TrainedTokenizer":
-    """The tokenizer that was named, or one beside the generator's run, to decode samples."""
+    """The tokenizer that was named, or one beside the generator's run or the samples."""
     from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 
     encoder, run = {"fingerprint": store.identity["tokenizer"]}, store.extra["generator_run"]
-    return find_tokenizer(encoder, Path(run), named=tokenizer, device=processes.device)
+    return find_tokenizer(encoder, Path(run), store.path, named=tokenizer, device=processes.device)

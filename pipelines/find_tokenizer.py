@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from detok_pipe.latents.errors import ConfigError, DetokError, WeightsError
+from detok_pipe.latents.errors import ConfigError, DetokError, MismatchError
 from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, TokenizerChoice
 from detok_pipe.pipelines.run_directory import CONFIG
 from detok_pipe.pipelines.tokenizers import open_tokenizer
@@ -48,11 +48,18 @@ def find_tokenizer(
         else:
             raise ConfigError(
                 f"--weights {weights} belongs to a published tokenizer "
-                f"({', '.join(PUBLISHED_TOKENIZERS)}), and none of them made the latents of "
-                f"{beside[0]}; name a tokenizer's run directory with --tokenizer"
+                f"({', '.join(PUBLISHED_TOKENIZERS)}), and {beside[0]} does not say that one of "
+                "them made its latents; name the tokenizer with --tokenizer"
             )
     tokenizer = open_tokenizer(choice, device=device, download=download)
-    check_tokenizer_fits(tokenizer, encoder, f"the latents of {beside[0]}")
+    try:
+        check_tokenizer_fits(tokenizer, encoder, f"the latents of {beside[0]}")
+    except MismatchError as error:
+        if choice.name not in PUBLISHED_TOKENIZERS or choice.weights is not None:
+            raise
+        raise MismatchError(
+            f"{error}; if they were made with weights from elsewhere, name these with --weights"
+        ) from error
     return tokenizer
 
 
@@ -78,7 +85,7 @@ def tokenizer_if_any(
         return find_tokenizer(encoder, *beside, named=named, device=device), ""
     try:
         return find_tokenizer(encoder, *beside, device=device, download=False), ""
-    except (ConfigError, WeightsError) as error:
+    except DetokError as error:
         return None, str(error)
 
 
@@ -110,5 +117,5 @@ def _neighbour(
             return tokenizer
     raise ConfigError(
         f"no tokenizer in {' or '.join(map(str, folders))} made the latents of {beside[0]}: name "
-        "its run directory with --tokenizer"
+        "it, or its run directory, with --tokenizer"
     )
