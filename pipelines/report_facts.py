@@ -21,7 +21,12 @@ from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, Toke
 from detok_pipe.pipelines.report_parts import ScoreRow
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
 from detok_pipe.pipelines.sweep import SWEEP, search_path
-from detok_pipe.pipelines.sweep_output import final_name, measured, scale_grid, sweep_metrics
+from detok_pipe.pipelines.sweep_output import (
+    measured,
+    scale_and_temperature,
+    scale_grid,
+    sweep_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class SweepFacts:
         rows = []
         for record in self.result["final"]:
             settings, metrics = record["settings"], measured(record["metrics"])
-            rows.append(ScoreRow(final_name(record), settings["count"], metrics))
+            scale, temperature = scale_and_temperature(record)
+            name = f"guidance scale {scale:g}"
+            if temperature != 1:
+                name += f", temperature {temperature:g}"
+            rows.append(ScoreRow(name, settings["count"], metrics))
         return rows
 
     @property

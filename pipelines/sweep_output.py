@@ -20,13 +20,10 @@ def sweep_metrics(result: Mapping[str, Any]) -> list[Metric]:
     return [Metric(**metric) for metric in result["metrics"]]
 
 
-def final_name(record: Mapping[str, Any]) -> str:
+def scale_and_temperature(record: Mapping[str, Any]) -> tuple[float, float]:
     """What tells a sweep's final scores apart; that at scale 1 may have its own temperature."""
     sampling = record["settings"]["samples"]["sampling"]
-    scale, temperature = sampling["guidance_scale"], sampling["temperature"]
-    return f"guidance scale {scale:g}" + (
-        "" if temperature == 1 else f", temperature {temperature:g}"
-    )
+    return sampling["guidance_scale"], sampling["temperature"]
 
 
 def sweep_curves(result: Mapping[str, Any]) -> list[Sweep]:
@@ -104,14 +101,14 @@ def sweep_table(result: Mapping[str, Any]) -> str:
                 ]
             )
     for record in result["final"]:
-        sampling = record["settings"]["samples"]["sampling"]
+        scale, temperature = scale_and_temperature(record)
         lines.append(
             [
-                f"{sampling['guidance_scale']:g}",
+                f"{scale:g}",
                 f"{record['settings']['count']:,}",
                 *_cells(record["metrics"], keys),
                 "",
-                "final",
+                "final" if temperature == 1 else f"final, temperature {temperature:g}",
             ]
         )
     return aligned(lines)
