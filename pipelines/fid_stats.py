@@ -277,6 +277,8 @@ class _Work:
                     moments.merge(FeatureMoments.from_arrays(arrays))
                     features.append(arrays["features"])
             except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+                if self.out.exists():  # another run finished just now, and tidied up
+                    return
                 raise CacheError(f"{path} is damaged ({error}); remove it, run again") from error
         write_reference(
             self.out,
