@@ -1,16 +1,12 @@
 """Checkpoints in the published form: reading them without running their code, and writing it back.
 
 A released ``.pth`` is a pickle that holds a dict with "model" and perhaps "model_ema" (name ->
-tensor, without non-parameter buffers), or one bare state dict. It is read with
-``weights_only=True``: only tensors and plain containers, and the ``argparse.Namespace`` of the
-training options. Run directories are made in `pipelines` from what this returns.
+tensor, without non-parameter buffers), or one bare state dict. Run directories are made in
+`pipelines` from what this returns.
 """
 
 import argparse
-import errno
 import math
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detok_pipe.generators.registry import build_generator, generator_size
+from detok_pipe.generators.registry import build_generator, check_options, generator_size
+from detok_pipe.generators.state_dicts import fitted, state_dict_of, unpickled
 from detok_pipe.latents.errors import CheckpointError
-
-_LISTED = 12  # keys named in an error; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -63,89 +58,6 @@ def read_released(path: Path) -> Released:
     return Released(path, model, ema, dict(args) if isinstance(args, Mapping) else {})
 
 
-def unpickled(path: Path) -> Any:
-    """Tensors, plain containers and ``argparse.Namespace`` of a PyTorch file; no code in it runs.
-
-    Raises:
-        CheckpointError: it cannot be read, is cut short, or holds other objects.
-    """
-    damaged = f"{path} is cut short or no PyTorch checkpoint; download it again"
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            forbidden = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.I)
-            if forbidden is None:
-                raise CheckpointError(damaged) from error
-            raise CheckpointError(
-                f"{path} wants to load {forbidden[1]}, which a checkpoint of weights does not "
-                "need and which could run code; it was not loaded"
-            ) from error
-        except (RuntimeError, EOFError, ValueError, LookupError) as error:
-            raise CheckpointError(damaged) from error
-        except OSError as error:
-            # A zip archive without its end makes PyTorch seek to a place that does not exist.
-            if error.errno == errno.EINVAL:
-                raise CheckpointError(damaged) from error
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def state_dict_of(path: Path, name: str, value: Any) -> dict[str, Tensor]:
-    """A state dict, ``name`` in ``path``, checked to be one.
-
-    Raises:
-        CheckpointError: it is something else.
-    """
-    if not isinstance(value, Mapping) or not value:
-        raise CheckpointError(f"{path}: {name} is no state dict but a {type(value).__name__}")
-    others = [key for key, entry in value.items() if not isinstance(entry, Tensor)]
-    if others:
-        raise CheckpointError(
-            f"{path}: {name} is no state dict; these entries are no tensors: {_listed(others)}"
-        )
-    return {str(key): entry for key, entry in value.items()}
-
-
-def _listed(keys: Sequence[Any]) -> str:
-    names = ", ".join(str(key) for key in keys[:_LISTED])
-    return names + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
-
-
-def fitted(
-    module: nn.Module, state: Mapping[str, Tensor], source: str, *, spare: Mapping[str, Tensor] = {}
-) -> dict[str, Tensor]:
-    """A complete state dict for ``module`` from a released one; ``module`` stays as it is.
-
-    Buffers that ``state`` lacks come from ``spare`` (the checkpoint's other state dict), else
-    they keep their computed values.
-
-    Raises:
-        CheckpointError: parameters are missing, unknown, or of another shape; they are named.
-    """
-    own = module.state_dict()
-    buffers = {name for name, _ in module.named_buffers()}
-    missing = [key for key in own if key not in state and key not in buffers]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [
-        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    faults = [
-        f"{kind} {_listed(keys)}"
-        for kind, keys in (
-            ("missing keys:", missing),
-            ("unexpected keys:", unexpected),
-            ("other shapes:", reshaped),
-        )
-        if keys
-    ]
-    if faults:
-        raise CheckpointError(f"{source} is of another model; {'; '.join(faults)}")
-    complete = {key: state.get(key, spare.get(key, value)) for key, value in own.items()}
-    return {key: value.to(own[key].dtype).contiguous() for key, value in complete.items()}
-
-
 @dataclass(frozen=True)
 class ImportedGenerator:
     """A released generator in our terms.
@@ -183,8 +95,9 @@ def import_generator(
 
     Raises:
         CheckpointError: the checkpoint is of another model or size; keys are listed.
-        ConfigError: unknown name or option.
+        ConfigError: unknown name or option, or a value out of its range.
     """
+    check_options(name, overrides)
     state, source = released.model, str(released.path)
     options, tokens, channels, num_classes = _from_shapes(name, state, overrides, source)
     if grid is None:
@@ -231,7 +144,7 @@ def _from_shapes(
             tokens = state["pos_embed"].shape[1]
             if family == "lightningdit":
                 options["qk_norm"] = "transformer.blocks.0.attn.q_norm.weight" in state
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         # Of another family: compare with the named model at the published latents.
         with torch.device("meta"):
             module = build_generator(name, grid=(16, 16), channels=16, num_classes=1000)

@@ -133,6 +133,21 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Check overrides of a generator one by one.
+
+    Raises:
+        ConfigError: unknown name or option, or a value of another kind or range.
+    """
+    known = _options(_family(name)[0].build)
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")
+        wanted, valid = _VALID[known[key]]
+        if not valid(value):
+            raise ConfigError(f"{name}: {key} must be {wanted}, got {value!r}")
+
+
 def build_generator(
     name: str, *, grid: Sequence[int], channels: int, num_classes: int, **overrides: Any
 ) -> Generator:
@@ -148,13 +163,7 @@ def build_generator(
         ConfigError: unknown name or override, or values that do not fit together.
     """
     family, (width, depth, heads) = _family(name)
-    known = _options(family.build)
-    for key, value in overrides.items():
-        if key not in known:
-            raise ConfigError(f"{name} has no option {key!r}; it has {', '.join(known)}")
-        wanted, valid = _VALID[known[key]]
-        if not valid(value):
-            raise ConfigError(f"{name}: {key} must be {wanted}, got {value!r}")
+    check_options(name, overrides)
     options = {"width": width, "depth": depth, "heads": heads, **overrides}
     if options["width"] % options["heads"]:
         raise ConfigError(

@@ -16,16 +16,11 @@ import torch
 from detok_pipe.latents.errors import CheckpointError
 
 
-def read_channel_stats(
-    path: Path, channels: int, *, key: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read_channel_stats(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std (C,) float64 of a released tokenizer's ``stats.pkl``; no code in it runs.
 
-    Its form is {key: {"channel": (mean, std), ...}}, over the 2C moments; the first C are those
-    of the means.
-
-    Args:
-        key: which entry; may be left out where there is one.
+    Its form is {key: {"channel": (mean, std), ...}} with one key, over the 2C moments; the first
+    C are those of the means.
 
     Raises:
         CheckpointError: no such file, cut short, of another form, or it holds other objects.
@@ -46,12 +41,13 @@ def read_channel_stats(
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of statistics")
-    entries = ", ".join(map(str, content))
-    if key is None and len(content) != 1:
-        raise CheckpointError(f"{path}: say which entry holds the statistics; it has {entries}")
-    if key is not None and key not in content:
-        raise CheckpointError(f"{path} has no entry {key!r}; it has {entries}")
-    entry = content[key] if key is not None else next(iter(content.values()))
+    if len(content) != 1:
+        raise CheckpointError(
+            f"{path} should hold the statistics of one tokenizer and holds {len(content)} entries "
+            f"({', '.join(map(str, content))}); write the mean and std of one of them to a "
+            ".safetensors file"
+        )
+    (entry,) = content.values()
     try:
         mean, std = (
             torch.as_tensor(part).detach().double().reshape(-1).numpy() for part in entry["channel"]

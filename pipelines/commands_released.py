@@ -19,7 +19,8 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 @click.option(
     "--stats",
     type=PATH,
-    help="Of a generator's latents: the released stats.pkl. Default: a published tokenizer's own.",
+    help="Of a generator's latents: the released stats.pkl, or .safetensors with mean and std. "
+    "Default: a published tokenizer's own.",
 )
 @tokenizer_option(required=False)
 @click.option("--grid", help="Of a generator's latents, as 16x16; default: a square one.")

@@ -1,4 +1,4 @@
-"""Statistics to normalise latents with, from a file: ``encode --stats FILE``."""
+"""Statistics to normalise latents with, from a file, ``--stats FILE``."""
 
 from dataclasses import replace
 from pathlib import Path

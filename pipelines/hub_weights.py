@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from detok_pipe.evaluation.weights import check_sha256
-from detok_pipe.generators.checkpoint_import import state_dict_of, unpickled
+from detok_pipe.generators.state_dicts import state_dict_of, unpickled
 from detok_pipe.latents.errors import WeightsError
 from detok_pipe.pipelines.published_tokenizers import PublishedTokenizer
 

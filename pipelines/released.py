@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from detok_pipe.generators.checkpoint_import import (
-    fitted,
     import_generator,
     read_released,
     released_form,
 )
 from detok_pipe.generators.registry import generator_names
-from detok_pipe.generators.stats_import import read_channel_stats
+from detok_pipe.generators.state_dicts import fitted
 from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
-from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.checkpoints import latest_checkpoint
 from detok_pipe.pipelines.config import (
     GeneratorConfig,
@@ -24,6 +22,7 @@ from detok_pipe.pipelines.config import (
     unknown_name,
     with_overrides,
 )
+from detok_pipe.pipelines.given_stats import read_stats
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.run_directory import open_run, read_config
 from detok_pipe.pipelines.tokenizer_presets import TOKENIZER_PRESETS
@@ -50,7 +49,7 @@ def import_checkpoint(
     Args:
         name: a tokenizer preset (detok-bb) or a generator (mar-l): what the file is of.
         overrides: ``key=value`` changes to the named one.
-        stats: for a generator, the statistics of its latents (``stats.pkl``); None: those
+        stats: for a generator, the statistics of its latents, see `read_stats`; None: those
             published with the tokenizer.
         tokenizer: for a generator, its tokenizer.
         grid: of the generator's latents; None: a square one.
@@ -103,8 +102,7 @@ def _import_generator(
         )
     normalisation = decoder.stats
     if stats is not None:
-        mean, std = read_channel_stats(stats, found.channels)
-        normalisation = LatentStats(mean=mean, std=std, count=0, source="published")
+        normalisation = read_stats(stats, found.channels)
     if normalisation is None:
         raise ConfigError(
             f"the latents of {decoder.path} have no published statistics: name those that {file} "

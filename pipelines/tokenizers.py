@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from detok_pipe.generators.checkpoint_import import fitted
+from detok_pipe.generators.state_dicts import fitted
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.hub_weights import find_files, read_weights
 from detok_pipe.pipelines.published_tokenizers import (

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from detok_pipe.generators.checkpoint_import import (
-    fitted,
     import_generator,
     read_released,
     released_form,
 )
 from detok_pipe.generators.registry import build_generator
-from detok_pipe.latents.errors import CheckpointError
+from detok_pipe.generators.state_dicts import fitted
+from detok_pipe.latents.errors import CheckpointError, ConfigError
 
 TINY = {"width": 32, "depth": 2, "heads": 2}
 LATENTS = {"grid": (4, 4), "channels": 4, "num_classes": 10}
@@ -198,3 +198,9 @@ def test_plain_pickle_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"released\.pth"):
         read_released(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_options_are_checked_before_the_shapes(tmp_path):
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "a.pth")
+    with pytest.raises(ConfigError, match="patch_size must be a whole number, at least 1, got 0"):
+        import_generator("mar-b", read_released(tmp_path / "a.pth"), patch_size=0)

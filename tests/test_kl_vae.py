@@ -10,7 +10,7 @@ import torch
 from baseline_making import CONFIGS, latent_diffusion_shapes, rule_weights, small_state
 from diffusers import AutoencoderKL
 
-from detok_pipe.generators.checkpoint_import import fitted
+from detok_pipe.generators.state_dicts import fitted
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS
 from detok_pipe.tokenizer.kl_vae import build, translated
