@@ -94,7 +94,7 @@ def _normalisation(
             f"latents_mean and latents_std have {len(mean)} and {len(std)} values, the latents "
             f"{channels} channels"
         )
-    if not scaling_factor:
+    if not scaling_factor > 0:
         raise ConfigError(f"scaling_factor must be a positive number, and is {scaling_factor}")
     return LatentStats(np.array(mean), np.array(std) / scaling_factor, source="published")
 

@@ -161,7 +161,7 @@ class MAETok(Tokenizer):
         masked: bool = True,
     ) -> None:
         super().__init__()
-        if image_size < 1 or image_size % patch_size:
+        if min(image_size, patch_size) < 1 or image_size % patch_size:
             raise ConfigError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
         self.image_size = (image_size, image_size)
         self.grid = (latent_tokens,)
