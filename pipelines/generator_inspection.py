@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from detok_pipe.evaluation.features import load_extractor
 from detok_pipe.evaluation.reference import find_reference
+from detok_pipe.generators.generator import Generator
 from detok_pipe.latents.cache import LatentCache
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.sample_store import SampleStore
@@ -73,7 +73,7 @@ def inspections(
     preview: Preview,
     config: GeneratorConfig,
     cache: LatentCache,
-    averaged: Callable[[], nn.Module],
+    averaged: Callable[[], Generator],
     record: Mapping[str, Any],
     *,
     accelerator: Accelerator,
@@ -123,7 +123,7 @@ class _Sampler:
         self,
         config: GeneratorConfig,
         cache: LatentCache,
-        averaged: Callable[[], nn.Module],
+        averaged: Callable[[], Generator],
         record: Mapping[str, Any],
         out: Path,
     ) -> None:

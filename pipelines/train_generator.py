@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from detok_pipe.generators.generator import Generator
 from detok_pipe.generators.patch import default_patch_size
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.cache import LatentCache, open_cache
@@ -133,7 +134,7 @@ def _check_hashes(latents: Path, accelerator: Accelerator) -> None:
         )
 
 
-def _build(config: GeneratorConfig, cache: LatentCache) -> torch.nn.Module:
+def _build(config: GeneratorConfig, cache: LatentCache) -> Generator:
     return build_generator(
         config.generator,
         grid=cache.grid,
@@ -251,9 +252,9 @@ def train_generator(
         optimizer.zero_grad(set_to_none=True)
         return values
 
-    def averaged() -> torch.nn.Module:
+    def averaged() -> Generator:
         if not execution.fsdp:
-            return ema.module
+            return cast(Generator, ema.module)
         network = _build(config, cache).to(device).requires_grad_(False).eval()
         network.load_state_dict(whole(ema.module.state_dict()))
         return network
