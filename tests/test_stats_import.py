@@ -78,7 +78,7 @@ def test_names_of_numpy_1(tmp_path):
     ("content", "message"),
     [
         ([1], "holds a list"),
-        ({"a": {}, "b": {}}, r"2 entries \(a, b\); write .* safetensors"),
+        ({"a": {}, "b": {}}, r"2 entries \(a, b\); write .*safetensors"),
         ({"a": {"single": (0, 1)}}, "no pair"),
         ({"a": {"channel": MEAN}}, "no pair"),
         ({"a": {"channel": (MEAN[:3], STD)}}, "3 means and 8 stds, the latents 4"),
