@@ -54,7 +54,7 @@ that ours could be held against. It reads what ``export-images`` writes.
 """
 
 _MADE_FROM = "detok"
-_UNREADABLE = (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, EOFError)
 
 
 @dataclass(frozen=True)
@@ -211,15 +211,17 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
     """
     if not path.is_file():
         raise InputError(
-            f"the reference {path} does not exist; compute one from images with detok-pipe "
-            f"fid-stats, or name a published one: {', '.join(PUBLISHED)}"
+            f"the reference {path} does not exist or is a folder; compute one from images "
+            f"with detok-pipe fid-stats, or name a published one: {', '.join(PUBLISHED)}"
         )
     if sha256 is not None:
         check_sha256(path, sha256)
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to unpickle it
+        raise InputError(f"the reference {path} is no .npz: damaged, cut short or another file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
-            made_from = json.loads(str(arrays[_MADE_FROM])) if _MADE_FROM in names else {}
+            made_from = dict(json.loads(str(arrays[_MADE_FROM]))) if _MADE_FROM in names else {}
             features = arrays["feats"].astype(np.float32) if "feats" in names else None
             stats = None
             if {"mu", "sigma"} <= names:

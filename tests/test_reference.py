@@ -130,7 +130,11 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_reference(tmp_path / "none.npz")
     path = tmp_path / "bad.npz"
-    path.write_bytes(b"PK\x03\x04 no zip")
+    for content in (b"PK\x03\x04 no zip", b"text"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"is no \.npz: damaged"):
+            read_reference(path)
+    np.savez(path, mu=MU, sigma=SIGMA, detok=np.array("[1]"))
     with pytest.raises(InputError, match="no readable"):
         read_reference(path)
     np.savez(path, mu=np.array([object()]), sigma=SIGMA)
