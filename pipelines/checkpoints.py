@@ -60,19 +60,21 @@ def _verified(path: Path) -> Checkpoint:
     """Open one checkpoint, checking each file's size and checksum."""
     try:
         record = json.loads((path / _CHECKPOINT).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / _CHECKPOINT} is missing or cut short") from error
-    for name, expected in record["files"].items():
+        sums = {name: (file["size"], file["crc32c"]) for name, file in record["files"].items()}
+        checkpoint = Checkpoint(path, record["step"], record["progress"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / _CHECKPOINT} is missing or damaged") from error
+    for name, (size, crc32c) in sums.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["size"]:
+        if file.stat().st_size != size:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes where {expected['size']} were written"
+                f"{file} has {file.stat().st_size} bytes where {size} were written"
             )
-        if atomic.crc32c_file(file) != expected["crc32c"]:
+        if atomic.crc32c_file(file) != crc32c:
             raise CheckpointError(f"{file} does not match its checksum")
-    return Checkpoint(path, record["step"], record["progress"])
+    return checkpoint
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
@@ -88,8 +90,8 @@ def checkpoint_step(path: Path) -> int:
 def checkpoint_metrics(path: Path) -> dict[str, float]:
     """What was measured when a checkpoint was written; nothing where that cannot be read."""
     try:
-        return json.loads((path / _CHECKPOINT).read_text()).get("metrics", {})
-    except (OSError, json.JSONDecodeError):
+        return json.loads((path / _CHECKPOINT).read_text())["metrics"]
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 
@@ -162,14 +164,19 @@ def write_checkpoint(
 
 
 def remove_checkpoints(
-    run: Path, keep: int, keep_every: int | None, keep_best: BestBy | None
+    run: Path, written: int, keep: int, keep_every: int | None, keep_best: BestBy | None
 ) -> None:
     """Remove the checkpoints that need not stay.
 
     Args:
+        written: the step of the one just written; later ones were damaged, and passed over when
+            the run went on, and must not take its place.
         keep: the newest so many stay. keep_every: so do those of each so many steps.
         keep_best: so does the one with the lowest loss or Fréchet distance.
     """
+    for path in checkpoint_paths(run):
+        if checkpoint_step(path) > written:
+            shutil.rmtree(path)
     best = _best(run, keep_best) if keep_best is not None else None
     for path in checkpoint_paths(run)[:-keep]:
         every_nth = keep_every and checkpoint_step(path) % keep_every == 0

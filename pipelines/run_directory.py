@@ -54,8 +54,10 @@ def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
             f"{run} is no run directory: it has no {CONFIG}. Name the folder that was given to "
             f"{command} as --out"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} is not that of a run")
     if kind is not None and record.get("kind") != kind:
         raise CheckpointError(f"{run} holds a {record.get('kind')} run; a {kind} run is needed")
     return record
@@ -105,13 +107,14 @@ class RunDirectory:
             StorageError: the disk is full; older checkpoints are untouched.
         """
         target = write_checkpoint(self.path, step, tensors, progress, metrics or {})
-        remove_checkpoints(self.path, self._keep, self._keep_every, self._keep_best)
+        remove_checkpoints(self.path, step, self._keep, self._keep_every, self._keep_best)
         return target
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        file = self.path / METRICS
+        with atomic.storage_errors(file), file.open("a") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps that a resumed run will do again."""
@@ -134,7 +137,8 @@ def locked(path: Path) -> Iterator[None]:
     lock = filelock.FileLock(path / ".lock", timeout=0)
     holder = path / ".lock-holder"
     try:
-        lock.acquire()
+        with atomic.storage_errors(path):
+            lock.acquire()
     except filelock.Timeout:
         who = holder.read_text().strip() if holder.exists() else "another process"
         raise LockedError(
