@@ -104,6 +104,7 @@ class TokenizerConfig:
             self.image_size > 0 and self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}",
         )
+        _check(self.base_lr > 0, f"base_lr must be positive, not {self.base_lr}")
         _check(self.channels > 0, f"channels must be positive, not {self.channels}")
         _check(self.gamma >= 0, f"gamma must not be negative, and is {self.gamma}")
         _check(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), and is {self.mask_ratio}")
@@ -157,12 +158,24 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, f"lr must be positive, not {self.lr}")
+        _check(self.limit is None or self.limit > 0, f"limit must be positive, and is {self.limit}")
         _check_recipe(self)
 
 
 def _check_recipe(config: TokenizerConfig | GeneratorConfig) -> None:
     _check(config.global_batch > 0, f"global_batch must be positive, not {config.global_batch}")
     _check(0 <= config.ema < 1, f"ema must be in [0, 1), and is {config.ema}")
+    _check(
+        config.weight_decay >= 0, f"weight_decay must not be negative, and is {config.weight_decay}"
+    )
+    _check(
+        all(0 <= beta < 1 for beta in config.betas), f"betas must be in [0, 1), not {config.betas}"
+    )
+    _check(
+        config.clip is None or config.clip > 0,
+        f"clip must be positive, or null for none, and is {config.clip}",
+    )
+    _check(config.seed >= 0, f"seed must not be negative, and is {config.seed}")
     _check(0 <= config.warmup <= 1, f"warmup is a share of the steps, and is {config.warmup}")
     duration_in_steps(config.duration, images=1, global_batch=1)
 

@@ -43,12 +43,22 @@ def test_overrides_reach_into_the_model_and_accept_none():
         ("duration=3 parsecs", ["3 parsecs", "100 epochs"]),
         ("image_size=100", ["100", "16"]),
         ("mask_ratio=1", ["mask_ratio", "1"]),
+        ("base_lr=-1", ["base_lr", "-1"]),
+        ("weight_decay=-0.1", ["weight_decay", "-0.1"]),
+        ("betas=0.9,1.5", ["betas", "1.5"]),
+        ("clip=0", ["clip", "null"]),
+        ("seed=-1", ["seed", "-1"]),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, words):
     with pytest.raises(ConfigError) as error:
         with_overrides(TokenizerConfig(), [override])
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_limit_that_leaves_nothing_is_refused():
+    with pytest.raises(ConfigError, match="limit must be positive, and is -5"):
+        with_overrides(GeneratorConfig(), ["limit=-5"])
 
 
 @pytest.mark.parametrize(
