@@ -120,7 +120,7 @@ def sample(
         stats=generator.stats,
         extra={
             "class_names": generator.class_names,
-            "generator_run": str(generator.path),
+            "generator_run": str(generator.path.resolve()),
             "label": "classes[(first + i) mod len(classes)]",
             "batch_size": batch_size,
         },

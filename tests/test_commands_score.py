@@ -15,7 +15,7 @@ from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines.cli import COMMANDS, main
 
 MODULES = ("commands_score", "commands_images")
-NETWORK = ("--features", "efficientnet-lite2", "--resolution", "32", "--quiet")
+NETWORK = ("--features", "efficientnet-lite2", "--resolution", "64", "--quiet")
 QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
 
 
@@ -50,11 +50,11 @@ def test_sample_score_export(
     assert store.identity["sampling"]["steps"] == 3
     assert run("score", samples, "--ref", reference, *NETWORK) == 0
     output = capsys.readouterr()
-    assert "FD-EffLite2@32" in output.out
+    assert "FD-EffLite2@64" in output.out
     assert "24 samples are not more than the 1280" in output.err
     record = json.loads((samples / "scores.jsonl").read_text())
     assert record["tokenizer"].endswith("tok")
-    assert record["settings"]["network"]["resolution"] == 32
+    assert record["settings"]["network"]["resolution"] == 64
     assert run("export-images", samples, "--out", tmp_path / "png", "--num", 3, "--quiet") == 0
     assert len(list((tmp_path / "png").glob("*.png"))) == 3
     npz = tmp_path / "s.npz"
@@ -63,7 +63,7 @@ def test_sample_score_export(
     # The statistics of the samples themselves: their distance is about zero.
     assert run("score", samples, "--ref", tmp_path / "s-stats.npz", *NETWORK) == 0
     value = json.loads((samples / "scores.jsonl").read_text().splitlines()[1])["metrics"]
-    assert abs(value["FD-EffLite2@32"]["value"]) < 1e-3
+    assert abs(value["FD-EffLite2@64"]["value"]) < 1e-3
 
 
 def test_sampling_options_reach_the_record(
@@ -101,6 +101,17 @@ def test_sampling_options_reach_the_record(
         assert run("sample", runs / "gen", *unused) == 2
         assert f"{named}: SiT does not use" in capsys.readouterr().err
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_store_is_decoded_from_any_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It records where the generator's run is, whatever the folder it was drawn in."""
+    samples = tmp_path / "samples"
+    monkeypatch.chdir(runs)
+    assert run("sample", "gen", "-n", 2, "--out", samples, *QUICK) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("export-images", "samples", "--out", "png", "--quiet") == 0
 
 
 def test_sample_without_its_tokenizer(
