@@ -13,15 +13,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 
 from detok_pipe.latents.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+
+Piece = bytes | np.ndarray  # a part of a file; arrays are one-dimensional, uint8 and contiguous
+
 _CHUNK_BYTES = 1 << 22
 _REASONS = {
     errno.ENOSPC: "no space is left on the disk; free some and run the same command again",
@@ -133,10 +137,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             raise
 
 
+def write_pieces(path: Path | str, pieces: Iterable[Piece]) -> None:
+    """Writes a file whole (see :func:`atomic_file`), its pieces one behind the other: they need
+    not be copied together first, which costs as much as writing them."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(pieces)
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Writes a file whole (see :func:`atomic_file`)."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
+    write_pieces(path, [data])
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -200,6 +210,14 @@ def remove_temporaries(folder: Path | str) -> None:
         else:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def crc32c_pieces(pieces: Iterable[Piece]) -> int:
+    """CRC-32C (Castagnoli) of a file's pieces."""
+    value = 0
+    for piece in pieces:
+        value = google_crc32c.extend(value, piece)
+    return value
 
 
 def crc32c_file(path: Path | str) -> int:

@@ -21,7 +21,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from detok_pipe.latents.atomic import remove_temporaries, storage_errors, write_bytes, write_json
@@ -35,7 +34,14 @@ from detok_pipe.latents.manifest import (
 )
 from detok_pipe.latents.plan import CachePlan, canonical_json
 from detok_pipe.latents.stats import LatentStats
-from detok_pipe.latents.stores import Layout, Store, StoredShard, attributes, make_store
+from detok_pipe.latents.stores import (
+    Layout,
+    Store,
+    StoredShard,
+    attributes,
+    make_store,
+    write_listed,
+)
 
 PLAN = "plan.json"
 INDEX = "index.npy"
@@ -164,9 +170,8 @@ def publish(
     if (folder / SOURCES).exists():
         small[SOURCES] = (folder / SOURCES).read_bytes()
     for name, data in small.items():
-        for path in (folder / name, folder / BACKUP / name):
-            write_bytes(path, data)
-        files.append(FileRecord(path=name, bytes=len(data), crc32c=google_crc32c.value(data)))
+        write_bytes(folder / BACKUP / name, data)
+        files.append(write_listed(folder, name, [data]))
     arrays = {
         name: [extent for part in stored for extent in part.arrays[name]]
         for name in (stored[0].arrays if stored else ())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from detok_pipe.latents.atomic import Piece, crc32c_pieces, write_pieces
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.manifest import Extent, FileRecord
 from detok_pipe.latents.stats import LatentStats
@@ -70,6 +71,18 @@ class Store(Protocol):
     def write_metadata(self, labels: np.ndarray, source_ids: np.ndarray) -> list[FileRecord]:
         """Writes what belongs to the whole store, after its shards: both arguments (count,)."""
         ...
+
+
+def piece(array: np.ndarray, dtype: str) -> np.ndarray:
+    """An array's bytes as ``dtype``, a :data:`.atomic.Piece`; no copy where it is that already."""
+    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
+
+
+def write_listed(folder: Path, name: str, pieces: Sequence[Piece]) -> FileRecord:
+    """Writes a file of a cache whole; gives what the manifest says of it."""
+    write_pieces(folder / name, pieces)
+    size = sum(len(piece) for piece in pieces)
+    return FileRecord(path=name, bytes=size, crc32c=crc32c_pieces(pieces))
 
 
 def attributes(stats: LatentStats, class_names: tuple[str, ...]) -> dict[str, Any]:

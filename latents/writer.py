@@ -17,15 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from detok_pipe.latents.atomic import (
     TEMPORARY_PREFIX,
-    atomic_file,
+    crc32c_pieces,
     create_exclusive,
     storage_errors,
     write_bytes,
+    write_pieces,
 )
 from detok_pipe.latents.errors import CacheError, ConfigError, NonFiniteError
 from detok_pipe.latents.manifest import MANIFEST, Manifest, read_json, read_manifest
@@ -149,15 +149,12 @@ class CacheWriter:
         """
         tensors, stats = self._checked(shard, moments, labels, source_ids, quarantined)
         pieces = raw_pieces(tensors)
-        crc, size = 0, sum(len(piece) for piece in pieces)
-        for piece in pieces:
-            crc = google_crc32c.extend(crc, piece)
+        crc, size = crc32c_pieces(pieces), sum(len(piece) for piece in pieces)
         # The name tells two writers' files apart: bits may differ between devices.
         name = f"{shard:05d}-{crc:08x}-{size:x}.safetensors"
         raw = self.path / RAW / name
         try:
-            with atomic_file(raw) as temporary, open(temporary, "wb") as file:
-                file.writelines(pieces)
+            write_pieces(raw, pieces)
         except FileNotFoundError:
             # Another process committed this shard and the rest, finished the cache and tidied up.
             if self.finished:

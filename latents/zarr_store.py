@@ -11,16 +11,17 @@ uint64, all ones for an absent chunk) and its CRC-32C. A test holds the bytes ag
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
+from zarr.storage import MemoryStore
 
-from detok_pipe.latents.atomic import storage_errors, write_bytes
+from detok_pipe.latents.atomic import Piece
 from detok_pipe.latents.manifest import Extent, FileRecord
-from detok_pipe.latents.stores import Arrays, Layout, StoredShard
+from detok_pipe.latents.stores import Arrays, Layout, StoredShard, piece, write_listed
 
 _ABSENT = np.iinfo(np.uint64).max
 
@@ -40,11 +41,8 @@ class ZarrStore:
         for number, view in enumerate(self.layout.views):
             for field in self.layout.fields:
                 path = f"v{number}/{field}/c/{shard}/0/0"
-                data = self._shard_bytes(arrays[view, field])
-                write_bytes(self.folder / path, data)
-                files.append(
-                    FileRecord(path=path, bytes=len(data), crc32c=google_crc32c.value(data))
-                )
+                pieces = self._shard_pieces(arrays[view, field])
+                files.append(write_listed(self.folder, path, pieces))
                 extent = Extent(
                     file=path,
                     first_row=self.layout.first_row(shard),
@@ -60,51 +58,43 @@ class ZarrStore:
     def _chunk_bytes(self) -> int:
         return self.layout.rows_per_record * int(np.prod(self.layout.row_shape)) * 2
 
-    def _shard_bytes(self, rows: np.ndarray) -> bytes:
+    def _shard_pieces(self, rows: np.ndarray) -> list[Piece]:
         """A shard of the ``sharding_indexed`` codec, index at its end."""
         chunk = self.layout.rows_per_record
         present = -(-len(rows) // chunk)
         index = np.full((self.layout.rows_per_shard // chunk, 2), _ABSENT, "<u8")
         index[:present, 0] = np.arange(present) * self._chunk_bytes
         index[:present, 1] = self._chunk_bytes
-        body = np.ascontiguousarray(rows, "<f2").tobytes()
+        body = piece(rows, "<f2")
         padding = bytes(present * self._chunk_bytes - len(body))
         tail = index.tobytes()
-        return b"".join([body, padding, tail, google_crc32c.value(tail).to_bytes(4, "little")])
+        return [body, padding, tail, google_crc32c.value(tail).to_bytes(4, "little")]
 
     def write_metadata(self, labels: np.ndarray, source_ids: np.ndarray) -> list[FileRecord]:
         """The ``zarr.json`` files and the small arrays, made by zarr-python, then put in place."""
         layout = self.layout
-        records: list[FileRecord] = []
-        with storage_errors(self.folder), tempfile.TemporaryDirectory() as made:
-            root = zarr.create_group(made, attributes=dict(layout.attributes))
-            for number, view in enumerate(layout.views):
-                group = root.create_group(f"v{number}", attributes={"view": view})
-                for field in layout.fields:
-                    group.create_array(
-                        field,
-                        shape=(layout.count, *layout.row_shape),
-                        dtype="float16",
-                        chunks=(layout.rows_per_record, *layout.row_shape),
-                        shards=(layout.rows_per_shard, *layout.row_shape),
-                        compressors=None,
-                        filters=None,
-                        fill_value=0,
-                        dimension_names=("row", "token", "channel"),
-                    )
-            for name, values in (("labels", labels), ("source_ids", source_ids)):
-                root.create_array(
-                    name,
-                    data=values,
-                    chunks=values.shape,
+        made: dict[str, Buffer] = {}
+        root = zarr.create_group(MemoryStore(made), attributes=dict(layout.attributes))
+        for number, view in enumerate(layout.views):
+            group = root.create_group(f"v{number}", attributes={"view": view})
+            for field in layout.fields:
+                group.create_array(
+                    field,
+                    shape=(layout.count, *layout.row_shape),
+                    dtype="float16",
+                    chunks=(layout.rows_per_record, *layout.row_shape),
+                    shards=(layout.rows_per_shard, *layout.row_shape),
                     compressors=None,
-                    config={"write_empty_chunks": True},
+                    filters=None,
+                    fill_value=0,
+                    dimension_names=("row", "token", "channel"),
                 )
-            for path in sorted(p for p in Path(made).rglob("*") if p.is_file()):
-                name = path.relative_to(made).as_posix()
-                data = path.read_bytes()
-                write_bytes(self.folder / name, data)
-                records.append(
-                    FileRecord(path=name, bytes=len(data), crc32c=google_crc32c.value(data))
-                )
-        return records
+        for name, values in (("labels", labels), ("source_ids", source_ids)):
+            root.create_array(
+                name,
+                data=values,
+                chunks=values.shape,
+                compressors=None,
+                config={"write_empty_chunks": True},
+            )
+        return [write_listed(self.folder, name, [made[name].to_bytes()]) for name in sorted(made)]

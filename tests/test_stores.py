@@ -67,6 +67,31 @@ def test_plain_webdataset_one_row_a_record(tmp_path):
     np.testing.assert_array_equal(means, cache.rows(range(10)))
 
 
+@pytest.mark.parametrize("rows_per_record", [1, 4])
+def test_tars_are_bit_for_bit_those_of_webdataset(tmp_path, rows_per_record):
+    write_cache(tmp_path / "c", plan_of(21, rows_per_record=rows_per_record))
+    cache = open_cache(tmp_path / "c")
+    for shard in range(3):
+        stop = min(8 * shard + 8, 21)
+        with open(tmp_path / "tar", "wb") as file:
+            writer = wds.TarWriter(file, mtime=0, user="", group="")
+            for number, start in enumerate(range(8 * shard, stop, rows_per_record)):
+                rows = np.arange(start, min(start + rows_per_record, stop))
+                arrays = {
+                    "label.npy": cache.labels[rows],
+                    "mean.npy": cache.rows(rows, "mirror", "mean"),
+                    "std.npy": cache.rows(rows, "mirror", "std"),
+                }
+                if rows_per_record == 1:
+                    arrays = {name: values[0] for name, values in arrays.items()}
+                about = {"view": "mirror", "first_row": start, "rows": len(rows)}
+                sample = {"__key__": f"{shard:05d}-{number:05d}", "json": about, **arrays}
+                writer.write(sample)
+            writer.close()
+        ours = (tmp_path / "c" / "mirror" / f"{shard:05d}.tar").read_bytes()
+        assert ours == (tmp_path / "tar").read_bytes()
+
+
 def test_plain_zarr(zarrs):
     root = zarr.open(zarrs, mode="r")
     cache = open_cache(zarrs)
