@@ -94,6 +94,24 @@ def test_inception_equals_torch_fidelity(
     torch.testing.assert_close(ours["logits"], logits, rtol=1e-4, atol=1e-4)
 
 
+def _torch_fidelity(generated: Tensor, real: Tensor, **settings: Any) -> dict[str, float]:
+    """Every metric of its calculate_metrics, by its names."""
+    return calculate_metrics(
+        input1=_Images(generated),
+        input2=_Images(real),
+        cuda=False,
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subsets=5,
+        save_cpu_ram=True,
+        verbose=False,
+        cache=False,
+        **settings,
+    )
+
+
 @pytest.mark.soak  # an eigenvalue problem of torch-fidelity's takes most of a minute
 def test_inception_scores_equal_torch_fidelity(
     inception_state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,21 +122,12 @@ def test_inception_scores_equal_torch_fidelity(
     known = dataclasses.replace(module.INCEPTION, sha256=sha256_file(path))
     monkeypatch.setattr(module, "INCEPTION", known)
     generated, real = _crops(0, data.coffee(), 64), _crops(1, data.chelsea(), 56)
-    theirs = calculate_metrics(
-        input1=_Images(generated),
-        input2=_Images(real),
-        cuda=False,
-        isc=True,
-        fid=True,
-        kid=True,
-        prc=True,
-        kid_subsets=5,
+    theirs = _torch_fidelity(
+        generated,
+        real,
         kid_subset_size=50,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(path),
-        save_cpu_ram=True,
-        verbose=False,
-        cache=False,
     )
     extractor = load_extractor("inception", weights_dir=tmp_path)
     x, y = (features_of(extractor, images.split(16)) for images in (generated, real))
@@ -163,21 +172,7 @@ def test_scores_equal_torch_fidelity_end_to_end() -> None:
     """Its own calculate_metrics on two sets of images against our functions on the features."""
     register_feature_extractor("tiny-for-test", _Tiny)
     generated, real = _crops(0, data.coffee(), 90), _crops(1, data.chelsea(), 70)
-    theirs = calculate_metrics(
-        input1=_Images(generated),
-        input2=_Images(real),
-        cuda=False,
-        isc=True,
-        fid=True,
-        kid=True,
-        prc=True,
-        kid_subsets=5,
-        kid_subset_size=60,
-        feature_extractor="tiny-for-test",
-        save_cpu_ram=True,
-        verbose=False,
-        cache=False,
-    )
+    theirs = _torch_fidelity(generated, real, kid_subset_size=60, feature_extractor="tiny-for-test")
     network = _Tiny("tiny", ["means", "maxima"])
     (x, logits), (y, _) = ([v.numpy() for v in network(images)] for images in (generated, real))
     fid = FrechetReference(feature_stats(y)).score(x).value
@@ -267,5 +262,5 @@ def test_bad_choices_are_named() -> None:
         load_extractor("resnet")
     with pytest.raises(ConfigError, match="leave it out"):
         load_extractor("inception", resolution=128)
-    with pytest.raises(ConfigError, match="32 to 1024"):
-        load_extractor("efficientnet-lite2", resolution=8)
+    with pytest.raises(ConfigError, match="64 to 1024"):
+        load_extractor("efficientnet-lite2", resolution=32)
