@@ -58,9 +58,9 @@ def repair(path: Path | str, encode: Encode) -> list[Problem]:
     """
     path = Path(path)
     if verify(path):
-        manifest = _restored_manifest(path)
-        write_bytes(path / PLAN, plan_of(manifest).to_bytes())
+        _restore_plan(path)
         with working_lock(path):
+            manifest = _restored_manifest(path)
             clean_up(path)  # commit records of the first encode, whose raw shards are gone
             _restore_small_files(path, manifest)
             _mend_shards(path, manifest, encode)
@@ -68,16 +68,27 @@ def repair(path: Path | str, encode: Encode) -> list[Problem]:
     return verify(path)
 
 
+def _restore_plan(path: Path) -> None:
+    """Puts the plan right; one that is right stays, for another repair may hold its lock."""
+    plan = plan_of(_whole_manifest(path)).to_bytes()
+    if not (path / PLAN).is_file() or (path / PLAN).read_bytes() != plan:
+        write_bytes(path / PLAN, plan)
+
+
 def _restored_manifest(path: Path) -> Manifest:
+    manifest = _whole_manifest(path)
+    write_manifest(path, manifest)
+    return manifest
+
+
+def _whole_manifest(path: Path) -> Manifest:
+    """The manifest, or its backup where that is damaged."""
     errors = []
     for name in (MANIFEST, f"{BACKUP}/{MANIFEST}"):
         try:
-            manifest = read_manifest(path, name)
+            return read_manifest(path, name)
         except CacheError as error:
             errors.append(error)
-            continue
-        write_manifest(path, manifest)
-        return manifest
     raise CacheError(
         f"{path} cannot be repaired: both copies of its manifest are damaged ({errors[0]}); "
         "encode again"

@@ -153,13 +153,6 @@ class CacheWriter:
         # The name tells two writers' files apart: bits may differ between devices.
         name = f"{shard:05d}-{crc:08x}-{size:x}.safetensors"
         raw = self.path / RAW / name
-        try:
-            write_pieces(raw, pieces)
-        except FileNotFoundError:
-            # Another process committed this shard and the rest, finished the cache and tidied up.
-            if self.finished:
-                return
-            raise
         record = {
             "plan": self._digest,
             "shard": shard,
@@ -170,7 +163,15 @@ class CacheWriter:
             "labels": np.asarray(labels).tolist(),
             "quarantined": [[int(i), path, reason] for i, path, reason in quarantined],
         }
-        if not create_exclusive(self._commit_path(shard), canonical_json(record)):
+        try:
+            write_pieces(raw, pieces)
+            first = create_exclusive(self._commit_path(shard), canonical_json(record))
+        except FileNotFoundError:
+            # Another process committed this shard and the rest, finished the cache and tidied up.
+            if self.finished:
+                return
+            raise
+        if not first:
             with contextlib.suppress(CacheError):  # the record is gone: the cache is finished
                 if read_json(self._commit_path(shard))["raw"] == name:
                     return
