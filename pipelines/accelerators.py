@@ -15,6 +15,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.config import Execution, Precision
 from detok_pipe.pipelines.devices import resolve_device, resolve_precision
@@ -80,9 +81,25 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
 
 
-def start_trackers(accelerator: Accelerator, run: Path) -> None:
-    """Begin the trackers' logs of a run."""
-    accelerator.init_trackers(PROJECT, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}})
+@contextmanager
+def started_trackers(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Begin the trackers' logs of a run, and end them.
+
+    Accelerate's own ``end_training`` would part the processes, and another training may follow.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    with atomic.storage_errors(run):
+        accelerator.init_trackers(
+            PROJECT, init_kwargs={"wandb": {"name": run.name, "dir": str(run)}}
+        )
+    try:
+        yield
+    finally:
+        with atomic.storage_errors(run):
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 @contextmanager

@@ -80,6 +80,13 @@ def _raise_on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise Interrupted("terminated by SIGTERM; run the same command again to go on", signum)
 
 
+def _part_processes() -> None:
+    """Leave the group of processes, where there is one, at an end that all of them come to."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with a code of the table in this module's docstring."""
     # Where a cache's file is cut short while it is mapped, the system ends the process: say where.
@@ -88,6 +95,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
     try:
         code = group.main(args=arguments, prog_name="detok-pipe", standalone_mode=False)
+        _part_processes()
     except click.exceptions.Abort:
         click.echo("interrupted; run the same command again to go on", err=True)
         code = 128 + signal.SIGINT

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import CheckpointError, ConfigError, Interrupted
-from detok_pipe.pipelines.accelerators import make_accelerator, start_trackers
+from detok_pipe.pipelines.accelerators import make_accelerator, started_trackers
 from detok_pipe.pipelines.accumulation import Loader
 from detok_pipe.pipelines.checkpoints import (
     Checkpoint,
@@ -36,6 +37,7 @@ from detok_pipe.pipelines.config import Config, Execution, to_json
 from detok_pipe.pipelines.devices import resolve_precision
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.inspection import Inspection, inspect
+from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.readings import DescribeIds, Readings
 from detok_pipe.pipelines.run_directory import RunDirectory, open_run
@@ -81,14 +83,28 @@ class Parts:
     ema: Ema
     loader: Loader
 
-    def save(self, run: RunDirectory | None, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint of ``step`` finished steps; every process has to call."""
+    def save(
+        self,
+        processes: Processes,
+        run: RunDirectory | None,
+        step: int,
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Write a checkpoint of ``step`` finished steps; every process has to call.
+
+        Raises:
+            StorageError: the disk is full; older checkpoints are untouched.
+        """
         tensors = {name: model.state_dict() for name, model in self.models.items()}
         tensors["ema"] = self.ema.module.state_dict()
         tensors |= {name: optimizer_tensors(o) for name, o in self.optimizers.items()}
         tensors = {name: whole(group) for name, group in tensors.items()}
-        if run:
+
+        def write() -> None:
+            assert run is not None
             run.save_checkpoint(step, tensors, {"loader": self.loader.state()}, metrics)
+
+        processes.on_main(write)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -110,12 +126,15 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -
         CheckpointError: names or shapes do not fit; ``where`` is named.
     """
     current = model.state_dict()
-    try:
-        model.load_state_dict(
-            {k: as_sharded(v, current[k]) if k in current else v for k, v in tensors.items()}
+    for name in sorted(current.keys() | tensors.keys()):
+        there, here = (
+            tuple(state[name].shape) if name in state else "missing" for state in (tensors, current)
         )
-    except RuntimeError as error:
-        raise CheckpointError(f"{where} is of another network: {error}") from error
+        if there != here:
+            raise CheckpointError(
+                f"{where} is of another network: {name} is {there} there and {here} here"
+            )
+    model.load_state_dict({name: as_sharded(v, current[name]) for name, v in tensors.items()})
 
 
 def train(
@@ -186,19 +205,14 @@ def train(
 @contextmanager
 def opened_run(accelerator: Accelerator, path: Path, **run: Any) -> Iterator[RunDirectory | None]:
     """The run directory on the main process (arguments as for ``open_run``), None on the others,
-    which wait until it has been created and checked."""
-    if accelerator.is_main_process:
-        with open_run(path, **run) as directory:
-            accelerator.wait_for_everyone()
-            start_trackers(accelerator, path)
-            yield directory
-    else:
-        accelerator.wait_for_everyone()
-        start_trackers(accelerator, path)
-        yield None
-    # Accelerate's own end_training would part the processes, and another training may follow.
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    which wait until it has been created and checked; its errors are everyone's."""
+    opened: list[RunDirectory] = []
+    with ExitStack() as stack:
+        Processes(accelerator).on_main(
+            lambda: opened.append(stack.enter_context(open_run(path, **run)))
+        )
+        stack.enter_context(started_trackers(accelerator, path))
+        yield opened[0] if opened else None
 
 
 def fit(
@@ -244,9 +258,10 @@ def fit(
     quiet = execution.quiet or not accelerator.is_main_process
     if start:
         say(f"{name}: going on from step {start:,} of {steps:,}", quiet=quiet)
-    agreement = Agreement(accelerator.num_processes)
+    processes = Processes(accelerator)
+    agreement = Agreement(processes.world)
     # Of several processes all must stop after the same step, which they have to talk about.
-    agree_every = 1 if accelerator.num_processes == 1 else execution.log_every
+    agree_every = 1 if processes.world == 1 else execution.log_every
     readings = Readings(accelerator, describe_ids)
     stream = iter(parts.loader)
     clock = _Clock()
@@ -273,13 +288,14 @@ def fit(
             if save or look or done % execution.log_every == 0:
                 readings.send()
             metrics: dict[str, float] = {}
-            for reading in readings.arrived(wait=save or look):
-                metrics = {
-                    **reading.means,
-                    "lr": rate(reading.step - 1),
-                    **clock.read(reading.steps, global_batch),
+            arrived = list(readings.arrived(wait=save or look))
+            if arrived:
+                facts = {
+                    **clock.read(sum(reading.steps for reading in arrived), global_batch),
                     "memory_gib": memory_used(accelerator.device) / 2**30,
                 }
+            for reading in arrived:
+                metrics = {**reading.means, "lr": rate(reading.step - 1), **facts}
                 _log(accelerator, run, reading.step, metrics)
                 task.advance(reading.steps, **_shown(metrics))
             if look:
@@ -287,8 +303,7 @@ def fit(
                 _log(accelerator, run, done, found)
                 metrics |= found
             if save:
-                parts.save(run, done, metrics)
-                accelerator.wait_for_everyone()
+                parts.save(processes, run, done, metrics)
             if save or look:
                 clock.restart()
             if stop and done < steps:
@@ -329,7 +344,8 @@ def _log(
 ) -> None:
     if run and values:
         run.log(step, values)
-        accelerator.log(dict(values), step=step)
+        with atomic.storage_errors(run.path):
+            accelerator.log(dict(values), step=step)
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:

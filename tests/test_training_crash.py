@@ -1,5 +1,6 @@
 """Trainings that are killed, signalled or run out of disk: the next one completes them."""
 
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -10,11 +11,12 @@ import time
 
 import pytest
 import torch
-from generator_making import recipe, train_long, weights, write_latents
+from generator_making import QUIET, recipe, train_long, weights, write_latents
 
 from detok_pipe.latents.errors import StorageError
 from detok_pipe.pipelines.checkpoints import latest_checkpoint
 from detok_pipe.pipelines.run_directory import read_metrics
+from detok_pipe.pipelines.train_generator import train_generator
 
 KILLS = [3, pytest.param(20, marks=pytest.mark.soak)]
 
@@ -79,6 +81,14 @@ def test_a_full_disk_keeps_the_checkpoint_and_is_named(small_disk, tmp_path, cac
     mount(f"remount,size={kilobytes * 5 + 100}k")
     train_long(cache, disk / "run")
     equal(disk / "run", tmp_path / "calm")
+
+
+def test_a_disk_that_fills_up_between_checkpoints_is_named(small_disk, cache):
+    disk, mount = small_disk
+    mount("remount,size=60k")
+    execution = dataclasses.replace(QUIET, trackers=("tensorboard",), checkpoint_every=1000)
+    with pytest.raises(StorageError, match="no space is left"):
+        train_generator(recipe(duration="500 steps"), cache, disk / "run", execution)
 
 
 @pytest.mark.soak
