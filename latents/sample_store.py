@@ -162,8 +162,8 @@ class SampleStore:
                 f"sample {start + int(np.argmin(finite))} is not finite in fp16: its largest value "
                 f"is {np.abs(z[int(np.argmin(finite))]).max():g}"
             )
-        create_exclusive(self._path(shard), save({"z": cast}, metadata=self._metadata(cast)))
-        if self.complete:
+        data = save({"z": cast}, metadata=self._metadata(cast))
+        if create_exclusive(self._path(shard), data) and self.complete:
             # Whoever is still writing is writing a shard that is there already.
             remove_temporaries(self.path)
 

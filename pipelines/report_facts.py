@@ -234,7 +234,7 @@ def sweep_command(run: Path, out: Path, result: Mapping[str, Any]) -> str:
     options: dict[str, Any] = {
         "--out": out,
         "--ref": result["reference"],
-        "--scales": ",".join(f"{scale:g}" for scale in plan["scales"]),
+        "--scales": ",".join(str(scale).removesuffix(".0") for scale in plan["scales"]),
         "--num": plan["count"],
         "--final-num": plan["final_count"],
         "--search": plan["search"],

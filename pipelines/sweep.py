@@ -81,7 +81,8 @@ class SweepPlan:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if len(set(self.scales)) != len(self.scales) or len(self.scales) < 2:
+        folders = {search_path(Path(), scale) for scale in self.scales}
+        if len(folders) != len(self.scales) or len(folders) < 2:
             raise ConfigError(f"scales: at least two different ones are needed, got {self.scales}")
         object.__setattr__(self, "scales", tuple(sorted(self.scales)))
         for scale in self.scales:

@@ -176,6 +176,8 @@ def test_bad_plans_are_named(tmp_path: Path) -> None:
     generator = tiny_generator(tmp_path)
     with pytest.raises(ConfigError, match="at least two different"):
         plan_for(generator, scales=[1.5, 1.5])
+    with pytest.raises(ConfigError, match="at least two different"):
+        plan_for(generator, scales=[1.5, 1.5000001])  # one folder for both
     with pytest.raises(ConfigError, match="guidance_scale"):
         plan_for(generator, scales=[-1.0, 2.0])
     with pytest.raises(ConfigError, match="choose grid or halving"):
