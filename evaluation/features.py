@@ -125,8 +125,10 @@ class EfficientNetLite2Features:
         resolution: int = EFFLITE2_RESOLUTION,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 32 <= resolution <= 1024:
-            raise ConfigError(f"resolution: must be 32 to 1024 pixels, got {resolution}")
+        # The last map has a position for 32 pixels. At 32 there is a single one, whose features are
+        # nearly all zero, and all images look the same.
+        if not 64 <= resolution <= 1024:
+            raise ConfigError(f"resolution: must be 64 to 1024 pixels, got {resolution}")
         self.name = f"FD-EffLite2@{resolution}"
         self.resolution = resolution
         self.device = torch.device(device)

@@ -95,7 +95,7 @@ feature_options = together(
     ),
     click.option(
         "--resolution",
-        type=click.IntRange(32, 1024),
+        type=click.IntRange(64, 1024),
         help="efficientnet-lite2: side to which images are resized (260).",
     ),
     click.option(

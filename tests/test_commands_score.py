@@ -174,7 +174,7 @@ def test_errors_say_what_to_do(
         ),
         (
             ("score", samples, "--ref", reference, "--features", "efficientnet-lite2"),
-            "FD-EffLite2@32, and the features are FD-EffLite2@260's",
+            "FD-EffLite2@64, and the features are FD-EffLite2@260's",
         ),
         (("sample", runs / "gen", "-n", 4, "--out", tmp_path / "x", "--classes", "a"), "207,360"),
         (("sample", runs / "gen", "-n", 4, "--out", tmp_path / "x", "--classes", "2"), "2 classes"),

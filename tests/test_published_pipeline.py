@@ -12,7 +12,7 @@ from detok_pipe.latents.cache import open_cache
 from detok_pipe.pipelines.cli import main
 from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS
 
-NETWORK = ("--features", "efficientnet-lite2", "--resolution", "32", "--quiet")
+NETWORK = ("--features", "efficientnet-lite2", "--resolution", "64", "--quiet")
 WIDTH = ("--set", "model.width=16", "--set", "model.depth=1", "--set", "model.heads=2")
 HEAD = ("--set", "model.head_width=16", "--set", "model.head_depth=1")
 SHORT = ("--set", "global_batch=4", "--set", "duration=2 steps", "--set", "precision=fp32")
@@ -105,7 +105,7 @@ def test_train_sample_and_score(sources, images, tmp_path, capsys, name, generat
     score = ("score", samples, "--ref", reference, "--device", "cpu", *NETWORK)
     assert run(*score, "--weights", weights) == 0
     record = json.loads((samples / "scores.jsonl").read_text())
-    assert np.isfinite(record["metrics"]["FD-EffLite2@32"]["value"])
+    assert np.isfinite(record["metrics"]["FD-EffLite2@64"]["value"])
     export = ("export-images", samples, "--out", tmp_path / "png", "--quiet")
     assert run(*export, "--tokenizer", name, "--weights", weights) == 0
     assert Image.open(tmp_path / "png" / "000003.png").size == (SIDES[name],) * 2

@@ -34,7 +34,7 @@ TINY = Demo(
     scales=(1.0, 2.0),
     sweep_count=12,
     final_count=12,
-    resolution=32,
+    resolution=64,
 )
 
 

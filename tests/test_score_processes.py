@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_give_what_one_gives(runs: Path, tmp_path: Path) -> None:
-    network = ("--features", "efficientnet-lite2", "--resolution", "32")
+    network = ("--features", "efficientnet-lite2", "--resolution", "64")
     for processes in (1, 2):
         reference, out = tmp_path / f"{processes}.npz", tmp_path / str(processes)
         images = ("fid-stats", runs / "images", "--size", 16, "--out", reference)
@@ -60,7 +60,7 @@ def test_two_processes_give_what_one_gives(runs: Path, tmp_path: Path) -> None:
 
 def test_two_processes_share_the_images_of_a_reference(runs: Path, tmp_path: Path) -> None:
     """As ADM's reference batch has them: statistics, and images whose features are computed."""
-    network = ("--features", "efficientnet-lite2", "--resolution", "32")
+    network = ("--features", "efficientnet-lite2", "--resolution", "64")
     own, batch = tmp_path / "own.npz", tmp_path / "batch.npz"
     _run("fid-stats", runs / "images", "--size", 16, "--out", own, "--keep-features", 0, *network)
     images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
