@@ -53,7 +53,9 @@ measure_options = together(
         show_default=True,
         help="Network of the distance: inception gives rFID, efficientnet-lite2 rFD-EffLite2.",
     ),
-    click.option("--resolution", type=click.IntRange(32), help="Of efficientnet-lite2's input."),
+    click.option(
+        "--resolution", type=click.IntRange(64, 1024), help="Of efficientnet-lite2's input (260)."
+    ),
     click.option("--lpips/--no-lpips", default=False, help="Also LPIPS (needs VGG16's weights)."),
     click.option(
         "--weights-dir",
@@ -238,24 +240,12 @@ def eval_tok(
     processes = open_processes(device)
     measured = open_tokenizer(tokenizer, device=processes.device)
     source = open_images(data)
-    scores = evaluate_tokenizer(
-        measured.model,
-        source,
-        image_size=measured.image_size,
-        **open_measures(
-            processes,
-            features=features,
-            resolution=resolution,
-            lpips=lpips,
-            weights_dir=weights_dir,
-        ),
-        device=processes.device,
-        batch_size=batch_size,
-        limit=limit,
-        accelerator=processes.accelerator,
-        quiet=quiet,
+    measures = open_measures(
+        processes, features=features, resolution=resolution, lpips=lpips, weights_dir=weights_dir
     )
-    if processes.is_main:
+    # Pictures come first: they take seconds, and what is wrong with them shows at once.
+    study = None
+    if processes.is_main and (picture is not None or corruption is not None):
         pixels, _ = load_squares(source, evenly_spaced(len(source), 32), measured.image_size)
         if picture is not None:
             drawn = reconstruction_picture(
@@ -266,9 +256,22 @@ def eval_tok(
             study = study_run(
                 measured, pixels, levels=levels, ratios=hidden, device=processes.device
             )
-            scores["corruption"] = study.to_json()
             rows = study.rows(pixels, slice(None, None, 4))
             pictures.save(corruption, pictures.labelled_grid(rows, side=PICTURE_SIDE))
+    scores = evaluate_tokenizer(
+        measured.model,
+        source,
+        image_size=measured.image_size,
+        **measures,
+        device=processes.device,
+        batch_size=batch_size,
+        limit=limit,
+        accelerator=processes.accelerator,
+        quiet=quiet,
+    )
+    if study is not None:
+        scores["corruption"] = study.to_json()
+    if processes.is_main:
         click.echo(json.dumps(scores, indent=2))
     if scores["unreadable"]:
         context.exit(3)
