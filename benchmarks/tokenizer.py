@@ -74,7 +74,7 @@ class PlainLoop:
         if compiled:
             compile_blocks(self.model)
         self.optimizer = self._optimizer(self.model)
-        self.perceptual = perceptual_term(config.perceptual, config.perceptual_size, device)
+        self.perceptual = perceptual_term(config.perceptual, config.image_size, device)
         self.critic: nn.Module | None = None
         if config.adversarial_start is not None:
             self.critic = PatchDiscriminator().to(device)

@@ -100,6 +100,7 @@ class TokenizerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check(self.patch_size > 0, f"patch_size must be positive, not {self.patch_size}")
         _check(
             self.image_size > 0 and self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}",
@@ -108,6 +109,13 @@ class TokenizerConfig:
         _check(self.channels > 0, f"channels must be positive, not {self.channels}")
         _check(self.gamma >= 0, f"gamma must not be negative, and is {self.gamma}")
         _check(0 <= self.mask_ratio < 1, f"mask_ratio must be in [0, 1), and is {self.mask_ratio}")
+        for name in ("perceptual_weight", "kl_weight", "adversarial_weight"):
+            weight = getattr(self, name)
+            _check(weight >= 0, f"{name} must not be negative, and is {weight}")
+        _check(
+            self.perceptual_size is None or self.perceptual_size > 0,
+            f"perceptual_size must be positive, or null, and is {self.perceptual_size}",
+        )
         if self.adversarial_start is not None:
             duration_in_steps(self.adversarial_start, images=1, global_batch=1)
         _check_recipe(self)

@@ -12,7 +12,7 @@ from torch import nn
 
 from detok_pipe.evaluation.features import efflite2_state
 from detok_pipe.evaluation.weights import PublishedFile, find_published, load_state_dict
-from detok_pipe.latents.errors import WeightsError
+from detok_pipe.latents.errors import ConfigError, WeightsError
 from detok_pipe.pipelines.config import Perceptual
 from detok_pipe.tokenizer.perceptual import LPIPS, FeatureDistance, LogitsDistance, WeightedMean
 
@@ -37,28 +37,37 @@ CONVNEXT_SMALL = PublishedFile(
     instead=_INSTEAD,
 )
 
+SMALLEST_SIDE = 16
+"""Pixels; the stride of the last stage that VGG16's and EfficientNet-lite2's terms compare."""
+
 _LPIPS_WEIGHT, _CONVNEXT_WEIGHT = 1.0, 0.1  # the recipe's
 
 
 def perceptual_term(
-    kind: Perceptual, size: int | None, device: torch.device, weights_dir: Path | None = None
+    kind: Perceptual, side: int, device: torch.device, weights_dir: Path | None = None
 ) -> nn.Module | None:
     """The perceptual term on ``device``, frozen; None for "none".
 
     Args:
-        size: side in pixels at which the term sees images; None: as they are.
+        side: in pixels, at which the term sees images (ConvNeXt: 224).
         weights_dir: the first place to look for VGG16's and ConvNeXt's weights.
 
     Raises:
+        ConfigError: a side that is too small for the networks.
         WeightsError: weights are nowhere to be had or wrong; alternatives are named.
     """
     if kind == "none":
         return None
+    if side < SMALLEST_SIDE:
+        raise ConfigError(
+            f"the perceptual term needs images of {SMALLEST_SIDE} pixels and more, not {side}: set "
+            "a larger perceptual_size, or perceptual=none"
+        )
     if kind == "efficientnet-lite2":
         network = timm.create_model("tf_efficientnet_lite2", pretrained=False)
         network.load_state_dict(efflite2_state())
-        return FeatureDistance(network, size=size).to(device)
-    term: nn.Module = lpips_term(size, weights_dir)
+        return FeatureDistance(network, size=side).to(device)
+    term: nn.Module = lpips_term(side, weights_dir)
     if kind == "lpips+convnext":
         classifier = _published(torchvision.models.convnext_small, CONVNEXT_SMALL, weights_dir)
         term = WeightedMean([(_LPIPS_WEIGHT, term), (_CONVNEXT_WEIGHT, LogitsDistance(classifier))])

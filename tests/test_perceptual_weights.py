@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from detok_pipe.evaluation.weights import sha256_file
-from detok_pipe.latents.errors import WeightsError
+from detok_pipe.latents.errors import ConfigError, WeightsError
 from detok_pipe.pipelines import perceptual
 from detok_pipe.pipelines.perceptual import lpips_term, perceptual_term
 from detok_pipe.tokenizer.perceptual import LPIPS, LogitsDistance
@@ -60,7 +60,7 @@ def small_networks(monkeypatch, weights, tmp_path) -> None:
 
 
 def test_the_recipes_term_has_the_files_weights(weights: Path) -> None:
-    term = perceptual_term("lpips+convnext", None, CPU, weights)
+    term = perceptual_term("lpips+convnext", 32, CPU, weights)
     assert term.weights == pytest.approx([1 / 1.1, 0.1 / 1.1])
     lpips, logits = term.terms
     assert isinstance(lpips, LPIPS)
@@ -76,13 +76,19 @@ def test_the_recipes_term_has_the_files_weights(weights: Path) -> None:
     assert term(1 - images, images).item() > 0
 
 
+def test_images_too_small_for_the_networks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="16 pixels and more, not 8"):
+        perceptual_term("lpips", 8, CPU)
+    assert perceptual_term("none", 8, CPU) is None
+
+
 def test_the_hubs_folder_is_looked_in_too(weights: Path, tmp_path: Path) -> None:
     hub = tmp_path / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     (hub / perceptual.VGG16.name).write_bytes((weights / perceptual.VGG16.name).read_bytes())
     assert lpips_term(size=32).size == 32
     with pytest.raises(WeightsError, match=r"convnext_small.*efficientnet-lite2"):
-        perceptual_term("lpips+convnext", None, CPU)
+        perceptual_term("lpips+convnext", 32, CPU)
 
 
 def test_other_files_under_these_names_are_refused(weights: Path, tmp_path: Path, monkeypatch):
