@@ -70,6 +70,30 @@ def begin_tuning(model: LDeTok, run: Path) -> dict[str, str]:
     return {"encoder": trained.identity["fingerprint"], "decoder": trained.decoder}
 
 
+def schedule(config: TokenizerConfig, source: ImageSource) -> tuple[int, int | None]:
+    """How many steps the training has, and the one (from 0) at which the adversary joins.
+
+    Raises:
+        ConfigError: it would join after the last step.
+    """
+
+    def in_steps(duration: str, least: int) -> int:
+        batch = config.global_batch
+        return duration_in_steps(duration, images=len(source), global_batch=batch, least=least)
+
+    steps = in_steps(config.duration, 1)
+    if config.adversarial_start is None:
+        return steps, None
+    start = in_steps(config.adversarial_start, 0)
+    if start >= steps:
+        raise ConfigError(
+            f"adversarial_start {config.adversarial_start!r} is step {start:,}, and the duration "
+            f"{config.duration!r} ends after {steps:,}: let it start earlier, or set "
+            "adversarial_start=null"
+        )
+    return steps, start
+
+
 def describe(config: TokenizerConfig, source: ImageSource) -> dict[str, Any]:
     """What a run would be and need, for ``--dry-run``: nothing is allocated."""
     with torch.device("meta"):
@@ -80,13 +104,11 @@ def describe(config: TokenizerConfig, source: ImageSource) -> dict[str, Any]:
     parameters = _count(model.parameters())
     held = _count(networks)
     trained = _count(p for p in networks if p.requires_grad)
-    images = len(source)
+    steps, _ = schedule(config, source)
     return {
         "parameters": parameters,
-        "images": images,
-        "steps": duration_in_steps(
-            config.duration, images=images, global_batch=config.global_batch
-        ),
+        "images": len(source),
+        "steps": steps,
         "peak learning rate": config.lr,
         # fp32 weights, gradients, two Adam moments and the EMA, 4 bytes each.
         "memory for weights and optimizer (bytes)": 4 * (held + 3 * trained + parameters),
@@ -132,12 +154,7 @@ def train_tokenizer(
     config = with_network_of(config, finetune)
     accelerator, config = start(config, execution, out)
     device = accelerator.device
-
-    def in_steps(duration: str, least: int) -> int:
-        batch = config.global_batch
-        return duration_in_steps(duration, images=len(source), global_batch=batch, least=least)
-
-    steps = in_steps(config.duration, 1)
+    steps, adversarial_start = schedule(config, source)
     model = build_tokenizer(config)
     inputs: dict[str, Any] = {"data": source.identity}
     if finetune is not None:
@@ -148,10 +165,11 @@ def train_tokenizer(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, fused=True
     )
     adversary = None
-    if config.adversarial_start is not None:
-        adversary = Adversary(config, in_steps(config.adversarial_start, 0), accelerator)
+    if adversarial_start is not None:
+        adversary = Adversary(config, adversarial_start, accelerator)
     with Processes(accelerator).main_first():
-        perceptual = perceptual_term(config.perceptual, config.perceptual_size, device, weights_dir)
+        side = config.perceptual_size or config.image_size
+        perceptual = perceptual_term(config.perceptual, side, device, weights_dir)
     loader = ImageLoader(
         source,
         config.image_size,

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from image_making import random_images
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,31 @@ def small_disk(tmp_path):
         pytest.skip("mounting a tmpfs needs root")
     yield path, mount
     subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_images(tmp_path_factory):
+    """Ten images for small tokenizers to train on."""
+    return random_images(tmp_path_factory.mktemp("images"), 10, (36, 40))
+
+
+@pytest.fixture
+def small_discriminator(monkeypatch):
+    """Discriminators in training are small."""
+    from tokenizer_making import shrink_discriminator
+
+    shrink_discriminator(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished_tokenizer(tokenizer_images, tmp_path_factory):
+    """A run with a small discriminator, trained in one sitting."""
+    from tokenizer_making import ADVERSARIAL, QUIET, shrink_discriminator
+
+    from detok_pipe.pipelines.train_tokenizer import train_tokenizer
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_discriminator(patch)
+        train_tokenizer(ADVERSARIAL, tokenizer_images, out, QUIET)
+    return out
