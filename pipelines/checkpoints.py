@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import CheckpointError, StorageError
@@ -194,6 +194,24 @@ def _best(run: Path, by: BestBy) -> Path | None:
         if value is not None:
             values.append((value, -checkpoint_step(path), path))
     return min(values)[2] if values else None
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Load whole tensors into a network, which may be sharded.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; ``where`` is named.
+    """
+    current = model.state_dict()
+    for name in sorted(current.keys() | tensors.keys()):
+        there, here = (
+            tuple(state[name].shape) if name in state else "missing" for state in (tensors, current)
+        )
+        if there != here:
+            raise CheckpointError(
+                f"{where} is of another network: {name} is {there} there and {here} here"
+            )
+    model.load_state_dict({name: as_sharded(v, current[name]) for name, v in tensors.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""Which device computes, and in which precision: as asked for, checked, or the best here."""
+"""Which device computes, in which precision, and with how much memory."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 
 from detok_pipe.latents.errors import ConfigError
@@ -58,3 +59,10 @@ def compile_errors() -> Iterator[None]:
             f"--compile does not work here: {reason}. It needs a C++ compiler on a CPU and Triton "
             "on a GPU; leave it out to go on without"
         ) from error
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: on a GPU the most that tensors have taken so far, else what the process holds."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

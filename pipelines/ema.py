@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from detok_pipe.pipelines.schedules import untrained_share
-
 _TOO_EARLY = 0.05
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -37,6 +35,21 @@ class Ema(Generic[Network]):
         buffers = list(self.module.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))
+
+
+def ema_decay(step: int, decay: float, warm: bool) -> float:
+    """The EMA's decay at step ``step`` (from 0); warmed up it starts at 0.1 and rises."""
+    return min(decay, (1 + step) / (10 + step)) if warm else decay
+
+
+def untrained_share(steps: int, decay: float, warm: bool) -> float:
+    """The weight that the EMA after ``steps`` steps still gives to the network it began with."""
+    share = 1.0
+    for step in range(steps):
+        share *= ema_decay(step, decay, warm)
+        if share < 1e-6:
+            break
+    return share
 
 
 def warn_of_early_average(steps: int, decay: float, warm: bool) -> None:

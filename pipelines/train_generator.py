@@ -23,7 +23,7 @@ from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.verify import damaged_files
 from detok_pipe.pipelines.accelerators import flushed_denormals
 from detok_pipe.pipelines.accumulation import accumulate, largest_micro_batch
-from detok_pipe.pipelines.checkpoints import checkpoint_paths
+from detok_pipe.pipelines.checkpoints import checkpoint_paths, load_weights
 from detok_pipe.pipelines.config import (
     Execution,
     GeneratorConfig,
@@ -41,7 +41,7 @@ from detok_pipe.pipelines.sharding import (
     whole,
 )
 from detok_pipe.pipelines.trained import load_generator
-from detok_pipe.pipelines.training import Parts, load_weights, start, train
+from detok_pipe.pipelines.training import Parts, start, train
 
 
 def subset(cache: LatentCache, config: GeneratorConfig) -> np.ndarray | None:

@@ -8,6 +8,7 @@ it had not been interrupted.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -15,34 +16,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from detok_pipe.latents import atomic
-from detok_pipe.latents.errors import CheckpointError, ConfigError, Interrupted
+from detok_pipe.latents.errors import ConfigError, Interrupted
 from detok_pipe.pipelines.accelerators import make_accelerator, started_trackers
 from detok_pipe.pipelines.accumulation import Loader
 from detok_pipe.pipelines.checkpoints import (
     Checkpoint,
     latest_checkpoint,
     load_optimizer_tensors,
+    load_weights,
     optimizer_tensors,
 )
 from detok_pipe.pipelines.config import Config, Execution, to_json
-from detok_pipe.pipelines.devices import resolve_precision
-from detok_pipe.pipelines.ema import Ema
+from detok_pipe.pipelines.devices import memory_used, resolve_precision
+from detok_pipe.pipelines.ema import Ema, ema_decay
 from detok_pipe.pipelines.inspection import Inspection, inspect
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.readings import DescribeIds, Readings
 from detok_pipe.pipelines.run_directory import RunDirectory, open_run
-from detok_pipe.pipelines.schedules import ema_decay, learning_rate
-from detok_pipe.pipelines.sharding import as_sharded, whole
+from detok_pipe.pipelines.sharding import whole
 from detok_pipe.pipelines.signals import Agreement, caught_signals
 
 
@@ -117,24 +117,6 @@ class Parts:
         for name, optimizer in self.optimizers.items():
             load_optimizer_tensors(optimizer, checkpoint.tensors(name))
         self.loader.load_state(checkpoint.progress["loader"])
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Load whole tensors into a network, which may be sharded.
-
-    Raises:
-        CheckpointError: names or shapes do not fit; ``where`` is named.
-    """
-    current = model.state_dict()
-    for name in sorted(current.keys() | tensors.keys()):
-        there, here = (
-            tuple(state[name].shape) if name in state else "missing" for state in (tensors, current)
-        )
-        if there != here:
-            raise CheckpointError(
-                f"{where} is of another network: {name} is {there} there and {here} here"
-            )
-    model.load_state_dict({name: as_sharded(v, current[name]) for name, v in tensors.items()})
 
 
 def train(
@@ -314,6 +296,19 @@ def fit(
                 )
 
 
+def learning_rate(
+    step: int, *, steps: int, peak: float, warmup: float, schedule: Literal["constant", "cosine"]
+) -> float:
+    """The rate of step ``step`` (from 0): a linear rise over the first share ``warmup``, then
+    constant, or a cosine to zero at ``steps``."""
+    warm = warmup * steps
+    if step < warm:
+        return peak * (step + 1) / warm if warm > 1 else peak
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+
+
 class _Clock:
     """Times the steps between two readings, and the share in which they waited for data."""
 
@@ -357,10 +352,3 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float | str]:
         "data wait": f"{metrics['data_wait']:.1%}",
         "memory": f"{metrics['memory_gib']:.1f} GiB",
     }
-
-
-def memory_used(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors have taken so far, else what the process holds."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss

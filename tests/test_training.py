@@ -15,11 +15,10 @@ from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.checkpoints import checkpoint_paths, latest_checkpoint
 from detok_pipe.pipelines.config import Execution
-from detok_pipe.pipelines.ema import Ema
+from detok_pipe.pipelines.ema import Ema, ema_decay
 from detok_pipe.pipelines.inspection import Inspection
 from detok_pipe.pipelines.run_directory import open_run, read_metrics
-from detok_pipe.pipelines.schedules import ema_decay, learning_rate
-from detok_pipe.pipelines.training import Parts, fit
+from detok_pipe.pipelines.training import Parts, fit, learning_rate
 
 STEPS = 12
 QUIET = Execution(device="cpu", trackers=(), quiet=True, log_every=5, checkpoint_every=4)
