@@ -35,6 +35,7 @@ _REASONS = {
     errno.EPERM: "operation not permitted; choose another target or change its permissions",
     errno.EIO: "input/output error of the disk",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder; name a file in it",
     errno.ENAMETOOLONG: "the name is too long for the file system",
 }
 
@@ -74,6 +75,15 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise StorageError(
+            f"cannot write {folder}: {error.filename} is a file, or a link that leads nowhere"
+        ) from error
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:12]}")
 
@@ -90,7 +100,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = _temporary(path)
         try:
             yield temporary
@@ -115,7 +125,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = _temporary(path)
         temporary.mkdir()
         try:
@@ -141,7 +151,7 @@ def write_pieces(path: Path | str, pieces: Iterable[Piece]) -> None:
     """Writes a file whole (see :func:`atomic_file`), its pieces one behind the other: they need
     not be copied together first, which costs as much as writing them."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(pieces)
+        file.writelines(pieces)  # type: ignore[arg-type]  # arrays are buffers
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -167,7 +177,7 @@ def create_exclusive(path: Path | str, data: bytes) -> bool:
     """
     path = Path(path)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         if path.exists():
             return False
         temporary = _temporary(path)

@@ -90,8 +90,8 @@ def _whole_manifest(path: Path) -> Manifest:
         except CacheError as error:
             errors.append(error)
     raise CacheError(
-        f"{path} cannot be repaired: both copies of its manifest are damaged ({errors[0]}); "
-        "encode again"
+        f"{path} cannot be repaired: neither copy of its manifest can be used ({errors[0]}); "
+        "if both are damaged, encode again"
     )
 
 

@@ -117,3 +117,9 @@ def test_kill_leaves_only_a_temporary(tmp_path):
     assert len(names(tmp_path)) == 1
     atomic.remove_temporaries(tmp_path)
     assert names(tmp_path) == []
+
+
+def test_a_dangling_link_as_target_is_a_storage_error(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StorageError, match="a link that leads nowhere"):
+        atomic.create_exclusive(tmp_path / "link" / "plan.json", b"")
