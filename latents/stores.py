@@ -100,7 +100,7 @@ def make_store(store_format: str, folder: Path, layout: Layout) -> Store:
     Raises:
         ConfigError: there is no such format.
     """
-    # Imported here: each library takes half a second, and a run needs one of them at most.
+    # Imported here: zarr takes half a second.
     if store_format == "webdataset":
         from detok_pipe.latents.webdataset_store import WebDatasetStore
 
