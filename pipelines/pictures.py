@@ -178,7 +178,6 @@ def save(path: Path, image: Image.Image) -> Path:
     Raises:
         StorageError: the disk is full or read-only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(path, png_bytes(image))
     return path
 

@@ -103,6 +103,9 @@ def test_bad_input_is_one_clear_error(tokenizer, images, tmp_path, capsys) -> No
         ((*tune, tokenizer, "--set", "encoder=large"), ["encoder=large", "leave it out"]),
         ((*train, "detok-sb", "--set", "adversarial_start=soon"), ["soon", "100 epochs"]),
         ((*train, "detok-sb", *settings(TINY), "--val-data", missing), [str(missing)]),
+        ((*check, "--resolution", 32), ["--resolution", "64<=x<=1024"]),
+        ((*check, "--picture", tokenizer / "config.json" / "x.png"), ["config.json"]),
+        ((*check, "--corruption", images), [str(images), "is a folder"]),
         ((*check, "--corruption", "c.png", "--hidden", "1"), ["--hidden", "below 1"]),
         ((*check, "--corruption", "c.png", "--noise-levels", "x"), ["--noise-levels", "commas"]),
     ):
