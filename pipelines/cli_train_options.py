@@ -114,6 +114,7 @@ def execution(values: dict[str, Any]) -> Any:
 
 
 def resolved(preset: Callable[[str], Any], name: str, values: dict[str, Any]) -> Any:
+    """The configuration of the preset ``name`` with ``--set`` and ``--seed`` applied."""
     from detok_pipe.pipelines.config import with_overrides
 
     overrides = list(values["overrides"])
@@ -123,6 +124,7 @@ def resolved(preset: Callable[[str], Any], name: str, values: dict[str, Any]) ->
 
 
 def print_plan(config: Any, facts: dict[str, Any]) -> None:
+    """Print what ``--dry-run`` tells, as JSON."""
     from detok_pipe.pipelines.config import to_json
 
     click.echo(json.dumps({"config": to_json(config), **facts}, indent=2))

@@ -198,7 +198,7 @@ def train_generator(
         "tokenizer": cache.tokenizer,
     }
     if begin is not None:
-        inputs["begin"] = {"run": str(begin.run), "weights": begin.weights}
+        inputs["begin"] = {"run": str(begin.run.resolve()), "weights": begin.weights}
         if not checkpoint_paths(out):
             facts["begun with"] = begin.load(model, cache)
     model.to(device)

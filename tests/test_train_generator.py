@@ -58,7 +58,7 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, which):
     train_generator(still, folder / "cache", tmp_path / "run", QUIET, begin=begin)
     torch.testing.assert_close(weights(tmp_path / "run")["model"], weights(folder / "run")[which])
     record = read_config(tmp_path / "run")
-    assert record["inputs"]["begin"] == {"run": str(folder / "run"), "weights": which}
+    assert record["inputs"]["begin"] == {"run": str((folder / "run").resolve()), "weights": which}
     assert record["begun with"]["step"] == 6
     with pytest.raises(MismatchError, match="begin"):
         train_generator(still, folder / "cache", tmp_path / "run", QUIET)
