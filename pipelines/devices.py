@@ -43,6 +43,18 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 @contextmanager
+def compute_threads(number: int | None) -> Iterator[None]:
+    """Compute on a CPU with so many threads (None: as it is); the number is given back."""
+    before = torch.get_num_threads()
+    if number:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def compile_errors() -> Iterator[None]:
     """Where compiled networks run: a failure to compile becomes an error that says what to do.
 

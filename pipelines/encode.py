@@ -28,6 +28,7 @@ from detok_pipe.latents.publish import PLAN
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter
 from detok_pipe.pipelines.decode import BatchDecoder, DecodedBatch, default_threads, to_float
+from detok_pipe.pipelines.devices import compute_threads
 from detok_pipe.pipelines.images import ImageSource
 from detok_pipe.pipelines.progress import progress
 
@@ -243,9 +244,6 @@ def encode_shards(
     Returns:
         Numbers of images and, of these, of unreadable ones.
     """
-    threads = writer.plan.settings.get("threads")
-    if threads and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
     missing = set(writer.missing())
     shards = [(shard, writer.rows(shard)) for shard in mine if shard in missing]
     images = sum(len(rows) for _, rows in shards)
@@ -258,6 +256,7 @@ def encode_shards(
     network = _Network(tokenizer.model, writer.plan, torch.device(device))
     quarantined = 0
     with (
+        compute_threads(writer.plan.settings.get("threads")),
         closing(decoder.batches(batches)) as decoded,
         ThreadPoolExecutor(1, thread_name_prefix="commit") as committer,
         progress("encode", total=total, initial=total - images, quiet=quiet) as task,

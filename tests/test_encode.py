@@ -292,19 +292,18 @@ def test_a_name_that_is_no_unicode_can_be_quarantined(tmp_path):
 def test_another_plan_is_refused(source, tmp_path, change, field):
     plan = plan_of(source)
     run(source, tmp_path / "c", plan, rank=0, world=2)
-    before, threads = contents(tmp_path / "c"), torch.get_num_threads()
-    try:
-        with pytest.raises(MismatchError, match=f"another {field}"):
-            run(source, tmp_path / "c", plan_of(source, **change))
-    finally:
-        torch.set_num_threads(threads)
+    before = contents(tmp_path / "c")
+    with pytest.raises(MismatchError, match=f"another {field}"):
+        run(source, tmp_path / "c", plan_of(source, **change))
     assert contents(tmp_path / "c") == before
 
 
 def test_a_resumed_encode_takes_the_threads_it_was_begun_with(source, tmp_path):
     assert planned_threads(tmp_path / "c") is None
+    before = torch.get_num_threads()
     run(source, tmp_path / "c", plan_of(source, threads=1))
     assert planned_threads(tmp_path / "c") == 1
+    assert torch.get_num_threads() == before
 
 
 def test_rank_out_of_range(source, tmp_path):
