@@ -29,9 +29,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(message: str, *, quiet: bool = False) -> None:
-    """Print one line for the user, without markup interpretation, unless ``quiet``."""
+    """Print one line for the user, neither interpreted nor broken, unless ``quiet``."""
     if not quiet:
-        console.print(message, markup=False)
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def _format(values: dict[str, float | str]) -> str:
@@ -100,11 +100,11 @@ class _LineTask(ProgressTask):
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            console.print(self.line(now), markup=False)
+            say(self.line(now))
 
     def finish(self) -> None:
         if self.done > self.initial:
-            console.print(self.line(time.monotonic()), markup=False)
+            say(self.line(time.monotonic()))
 
 
 @contextmanager
