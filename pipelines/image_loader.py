@@ -5,6 +5,7 @@ Position p of the stream is image ``SampleOrder(N, seed).at(p)``, mirrored or no
 same for any number of processes and after any restart; nothing is dropped or padded.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,12 +150,20 @@ class ImageLoader:
 
     def _from_memory(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         assert self._resident is not None
-        for indices in self._indices(first):
-            missing = self._resident.missing(indices)
-            pieces = [missing[i : i + 64] for i in range(0, len(missing), 64)]
-            for batch in self._decoder.batches(pieces):
-                self._check(batch.indices, batch.unreadable)
-                self._resident.put(batch.indices, batch.pixels)
+        asked = self._resident.present.copy()
+        waiting: deque[np.ndarray] = deque()
+
+        def missing() -> Iterator[np.ndarray]:
+            for indices in self._indices(first):
+                waiting.append(indices)
+                new = np.unique(indices[~asked[indices]])
+                asked[new] = True
+                yield new
+
+        for batch in self._decoder.batches(missing()):
+            self._check(batch.indices, batch.unreadable)
+            self._resident.put(batch.indices, batch.pixels)
+            indices = waiting.popleft()
             yield indices, self._resident.pixels[indices]
 
     def _check(self, indices: np.ndarray, unreadable: dict[int, str]) -> None:
@@ -179,11 +188,8 @@ class _Resident:
 
     def __init__(self, count: int, size: int) -> None:
         self.pixels = np.empty((count, size, size, 3), np.uint8)
-        self._present = np.zeros(count, bool)
-
-    def missing(self, indices: np.ndarray) -> np.ndarray:
-        return np.unique(indices[~self._present[indices]])
+        self.present = np.zeros(count, bool)
 
     def put(self, indices: np.ndarray, pixels: np.ndarray) -> None:
         self.pixels[indices] = pixels
-        self._present[indices] = True
+        self.present[indices] = True
