@@ -6,6 +6,7 @@ follow the published checkpoints. B images, N places of the latent, C channels, 
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -202,13 +203,13 @@ class Backbone(Generator):
         out[at] = combine(out[at], null, scale, guided_channels)
         return out
 
+    @abstractmethod
     def training_times(self, noise: AnyNoise) -> Tensor:
         """t (B,) in the model's own unit, from the noise named "t"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, z: Tensor, condition: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Each image's loss, fp32 (B,). z, eps (B, N, C); t (B,)."""
-        raise NotImplementedError
 
     def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
         """Mean of `losses` at random times. z (B, N, C) fp32 normalised; condition (B,) int64.

@@ -42,7 +42,7 @@ def test_compiled_samples_are_the_same(name):
     model = build_generator(name, grid=(4, 4), channels=4, num_classes=5, **sizes)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model = model.cuda().eval()
+    model = model.to("cuda").eval()
     labels, noise = torch.arange(3, device="cuda"), Noise(0, range(3), device="cuda")
     sampling = Sampling(guidance_scale=2.0, guidance_schedule="linear", steps=6, clip=3.0)
     expected = model.sample(labels, sampling, noise)
