@@ -27,6 +27,7 @@ from detok_pipe.generators.layers import (
     gelu_mlp,
     init_linear_layers,
     learned_vectors,
+    on_device,
     plain_layer_norm,
 )
 from detok_pipe.generators.patch import patchify, token_grid, unpatchify
@@ -190,7 +191,7 @@ class Backbone(Generator):
             x: (B, N, C). condition: (B,) int64.
             t, scales: (B,) on the host, each image's time and guidance scale.
         """
-        time = _on_device(t, x.device)
+        time = on_device(t, x.device)
         rows = np.flatnonzero(scales != 1.0)
         if not len(rows):
             return self.network(x, time, condition)
@@ -199,7 +200,7 @@ class Backbone(Generator):
         label = torch.cat((condition, torch.full_like(condition[at], -1)))
         out = self.network(torch.cat((x, x[at])), torch.cat((time, time[at])), label)
         out, null = out[: len(x)], out[len(x) :]
-        scale = _on_device(scales[rows], x.device).view(-1, 1, 1)
+        scale = on_device(scales[rows], x.device).view(-1, 1, 1)
         out[at] = combine(out[at], null, scale, guided_channels)
         return out
 
@@ -224,11 +225,6 @@ class Backbone(Generator):
     def compile_sampler(self) -> None:
         """Let `sample` evaluate the network compiled."""
         self.network = torch.compile(self.network)  # type: ignore[method-assign]
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers from the host as fp32, without waiting for the device."""
-    return torch.as_tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def sincos_positions(grid: Sequence[int], width: int) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detok_pipe.generators.layers import on_device
 from detok_pipe.latents.errors import ConfigError
 
 ScheduleName = Literal["linear", "cosine"]
@@ -112,7 +113,7 @@ class GaussianDiffusion:
                 ),
                 axis=1,
             )
-            self._tables[t.device] = torch.tensor(columns, dtype=torch.float32, device=t.device)
+            self._tables[t.device] = on_device(columns, t.device)
         rows = self._tables[t.device][t].unbind(-1)
         return [row.view(-1, *(1,) * (ndim - 1)) for row in rows]
 
@@ -216,7 +217,7 @@ class ReverseChain:
             offset,
             heat,
         )
-        self.table = torch.tensor(np.stack(columns, 1), dtype=torch.float32, device=device)
+        self.table = on_device(np.stack(columns, 1), device)
 
     def step(self, i: int, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor) -> Tensor:
         """x_{i-1} from x_i; i from steps - 1 (first) to 0 (last). See `reverse_step`."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias, cast
 
+import numpy as np
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from detok_pipe.latents.noise import Noise, ReplayNoise
 LAYER_NORM_EPS = 1e-6
 plain_layer_norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS, elementwise_affine=False)
 AnyNoise: TypeAlias = Noise | ReplayNoise
+
+
+def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+    """Numbers from the host as fp32, without waiting for the device."""
+    return torch.as_tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def timestep_features(t: Tensor, size: int = 256, max_period: float = 10_000.0) -> Tensor:
