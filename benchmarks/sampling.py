@@ -45,6 +45,7 @@ from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.head_net import HeadNet
 from detok_pipe.generators.head_sampler import HeadSampler
 from detok_pipe.generators.mar import MAR, reveal_counts
+from detok_pipe.generators.packed_linear import pack_linears
 from detok_pipe.generators.registry import FAMILIES, build_generator, default_sampling
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.generators.sit import SiT
@@ -347,6 +348,7 @@ def compare(
     """One line of the table; ``rate`` is the device's FLOP/s in a matrix product."""
     model = build(name, size, device)
     fast = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32)
+    pack_linears(fast)
     changes = model.used({"steps": steps, "iterations": iterations})
     sampling = replace(default_sampling(name), **changes)
     condition = (torch.arange(batch, device=device) * 37) % 1000

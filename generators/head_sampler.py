@@ -5,21 +5,21 @@ width, S the steps of the chain.
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from detok_pipe.generators.captured import CapturedCall
 from detok_pipe.generators.diffusion import ReverseChain, reverse_step
 from detok_pipe.generators.guidance import combine
-from detok_pipe.generators.head_net import HeadNet, ResidualBlock
-from detok_pipe.generators.layers import LAYER_NORM_EPS
+from detok_pipe.generators.head_net import HeadNet
+from detok_pipe.generators.layers import LAYER_NORM_EPS, on_device
+from detok_pipe.generators.packed_linear import frozen_linear
 
 # Rows x steps whose modulations are made at once: enough for full speed of the matrix product,
-# few enough for memory.
-_ROWS_AHEAD = 2048
+# few enough for a CPU's cache or a GPU's memory.
+_ROWS_AHEAD_CPU, _ROWS_AHEAD_GPU = 512, 2048
 
 
 class HeadSampler:
@@ -50,7 +50,7 @@ class HeadSampler:
         self.guided_channels = guided_channels
         self.width = net.input_proj.out_features
         device = net.input_proj.weight.device
-        self.time = net.time_embed(torch.tensor(self.chain.timestep_map, device=device))  # (S, W)
+        self.time = net.time_embed(on_device(self.chain.timestep_map, device))  # (S, W)
         weights, biases = [], []
         for block in net.blocks:
             (shift, scale, gate), bias = block.adaLN_modulation.chunks(3)
@@ -61,8 +61,10 @@ class HeadSampler:
             weights += [shift + offset[:, None] * scale, gain[:, None] * scale, gate]
             biases += [shift_bias + offset * (1 + scale_bias), gain * (1 + scale_bias), gate_bias]
         (shift, scale), (shift_bias, scale_bias) = net.final_layer.adaLN_modulation.chunks(2)
-        self.weight = torch.cat((*weights, shift, scale))  # ((3 depth + 2) W, W)
-        self.bias = torch.cat((*biases, shift_bias, 1 + scale_bias))
+        self.modulations = frozen_linear(
+            torch.cat((*weights, shift, scale)),  # ((3 depth + 2) W, W)
+            torch.cat((*biases, shift_bias, 1 + scale_bias)),
+        )
         self._step: Callable[..., Tensor] = torch.compile(head_step) if compiled else head_step
         captured = compiled and device.type == "cuda"
         self._run: Callable[..., Tensor] = CapturedCall(self._loop) if captured else self._loop
@@ -85,12 +87,13 @@ class HeadSampler:
 
     def _loop(self, condition: Tensor, draws: Tensor, scale: Tensor | None) -> Tensor:
         condition = self.net.cond_embed(condition)  # (R or 2R, W)
-        ahead = max(1, _ROWS_AHEAD // max(1, len(condition)))
+        rows = _ROWS_AHEAD_CPU if condition.device.type == "cpu" else _ROWS_AHEAD_GPU
+        ahead = max(1, rows // max(1, len(condition)))
         x = draws[0]
         for last in range(self.chain.steps - 1, -1, -ahead):
             first = max(0, last + 1 - ahead)
             y = F.silu(self.time[first : last + 1, None] + condition)  # (s, R, W)
-            parts = F.linear(y, self.weight, self.bias).unflatten(-1, (-1, self.width))
+            parts = self.modulations(y).unflatten(-1, (-1, self.width))
             for i in range(last, first - 1, -1):
                 x = self.step(i, x, parts[i - first], draws[self.chain.steps - i], scale)
         return x
@@ -135,17 +138,7 @@ def _modulated(net: HeadNet, x: Tensor, parts: Tensor) -> Tensor:
     for j, block in enumerate(net.blocks):
         shift, scale, gate = part[3 * j : 3 * j + 3]
         n = F.layer_norm(h, width, eps=LAYER_NORM_EPS)
-        h = torch.addcmul(h, gate, _mlp(block, torch.addcmul(shift, n, scale)))
+        h = torch.addcmul(h, gate, block.mlp(torch.addcmul(shift, n, scale)))
     shift, scale = part[-2:]
     n = F.layer_norm(h, width, eps=LAYER_NORM_EPS)
     return net.final_layer.linear(torch.addcmul(shift, n, scale))
-
-
-def _mlp(block: ResidualBlock, x: Tensor) -> Tensor:
-    """`block.mlp` of x (R, W), in the faster of two layouts."""
-    if x.device.type != "cpu" or not 8 <= len(x) <= 64:
-        return block.mlp(x)
-    first, act, second = cast(tuple[nn.Linear, nn.SiLU, nn.Linear], tuple(block.mlp))
-    # For few rows the CPU's matrix product is faster (1.5 times at 16 x 1024) with rows last.
-    hidden = act(torch.addmm(first.bias[:, None], first.weight, x.t()))  # (W, R)
-    return torch.addmm(second.bias[:, None], second.weight, hidden).t()

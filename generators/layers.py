@@ -7,7 +7,7 @@ width D = W / H, B images, N tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -24,7 +24,7 @@ plain_layer_norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS, elementwise_affine=
 AnyNoise: TypeAlias = Noise | ReplayNoise
 
 
-def on_device(values: np.ndarray, device: torch.device | str) -> Tensor:
+def on_device(values: np.ndarray | Sequence[float], device: torch.device | str) -> Tensor:
     """Numbers from the host as fp32, without waiting for the device."""
     return torch.as_tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from detok_pipe.generators.packed_linear import pack_linears
 from detok_pipe.generators.state_dicts import fitted
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.hub_weights import find_files, read_weights
@@ -90,6 +91,7 @@ def load_published(
         facts["posterior"] = False
     identity, decoder = identified(tensors, name=name, **facts)
     model = model.to(device).eval().requires_grad_(False)
+    pack_linears(model)
     return TrainedTokenizer(
         model, model.image_size[0], identity, decoder, files.weights, 0, built.stats
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detok_pipe.generators.generator import Generator
+from detok_pipe.generators.packed_linear import pack_linears
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, MismatchError
 from detok_pipe.latents.stats import LatentStats
@@ -147,6 +148,7 @@ def load_tokenizer(
         size=config.encoder,
     )
     model = model.to(device).eval().requires_grad_(False)
+    pack_linears(model)
     return TrainedTokenizer(model, config.image_size, identity, decoder, run, checkpoint.step)
 
 
@@ -194,6 +196,7 @@ def load_generator(
         "tokenizer": record["inputs"]["tokenizer"],
     }
     model = model.to(device).eval().requires_grad_(False)
+    pack_linears(model)
     return TrainedGenerator(
         model=model,
         stats=LatentStats.from_json(latents["stats"]),

@@ -75,7 +75,7 @@ def test_one_step_shows_temperature_noise_and_variance(head, golden, golden_draw
     conditions = golden["condition"], golden["null_condition"]
     x, draw = golden["x_t"], golden_draw(0, (6, 4))
     y = sampler.time[i] + head.net.cond_embed(torch.cat(conditions))
-    parts = torch.nn.functional.silu(y) @ sampler.weight.T + sampler.bias
+    parts = sampler.modulations(torch.nn.functional.silu(y))
     guided = torch.tensor(scale)
     ours = sampler.step(i, x, parts.unflatten(-1, (-1, 32)), draw, guided).double()
 
@@ -99,7 +99,7 @@ def test_steps_ahead_do_not_show(head, golden, golden_draw, monkeypatch):
     draws = torch.stack([golden_draw(k, (6, 4)) for k in range(11)])
     sampler = head.sampler(Sampling(steps=10, clip=3.0))
     whole = sampler(golden["condition"], draws)
-    monkeypatch.setattr("detok_pipe.generators.head_sampler._ROWS_AHEAD", 18)
+    monkeypatch.setattr("detok_pipe.generators.head_sampler._ROWS_AHEAD_CPU", 18)
     torch.testing.assert_close(sampler(golden["condition"], draws), whole, rtol=0, atol=1e-5)
 
 
