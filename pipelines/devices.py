@@ -32,13 +32,14 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """ "bf16" or "fp32": "auto" is bf16 where it is faster, on CUDA and on CPUs with AMX."""
+    """ "bf16" or "fp32": "auto" is bf16 on CUDA and on CPUs that multiply in it (AMX, AVX-512)."""
     if precision != "auto":
         return precision
     if device.type == "cpu":
         # torch.cpu.get_capabilities is younger than the oldest torch that is supported.
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if capabilities.get("amx_bf16") else "fp32"
+        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        return "bf16" if fast else "fp32"
     return "bf16" if device.type == "cuda" else "fp32"
 
 
