@@ -11,9 +11,10 @@ Rows of quarantined images leave holes, which the last rows fill: the arrays sta
 
 from __future__ import annotations
 
-import contextlib
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,24 +148,26 @@ class CacheWriter:
             ConfigError: shapes or source numbers do not fit the plan.
             StorageError: the disk is full or read-only.
         """
-        tensors, stats = self._checked(shard, moments, labels, source_ids, quarantined)
+        tensors = self._checked(shard, moments, labels, source_ids, quarantined)
         pieces = raw_pieces(tensors)
-        crc, size = crc32c_pieces(pieces), sum(len(piece) for piece in pieces)
-        # The name tells two writers' files apart: bits may differ between devices.
-        name = f"{shard:05d}-{crc:08x}-{size:x}.safetensors"
+        # Two writers of a shard must not share a file: bits may differ between devices.
+        name = f"{shard:05d}-{uuid.uuid4().hex}.safetensors"
         raw = self.path / RAW / name
-        record = {
-            "plan": self._digest,
-            "shard": shard,
-            "raw": name,
-            "bytes": size,
-            "crc32c": crc,
-            "stats": stats.to_json(),
-            "labels": np.asarray(labels).tolist(),
-            "quarantined": [[int(i), path, reason] for i, path, reason in quarantined],
-        }
         try:
-            write_pieces(raw, pieces)
+            # Hashed and summed while the disk is at work: it takes about as long.
+            with ThreadPoolExecutor(1, thread_name_prefix="raw-shard") as pool:
+                written = pool.submit(write_pieces, raw, pieces)
+                record = {
+                    "plan": self._digest,
+                    "shard": shard,
+                    "raw": name,
+                    "bytes": sum(len(piece) for piece in pieces),
+                    "crc32c": crc32c_pieces(pieces),
+                    "stats": self._stats(tensors).to_json(),
+                    "labels": np.asarray(labels).tolist(),
+                    "quarantined": [[int(i), path, reason] for i, path, reason in quarantined],
+                }
+            written.result()
             first = create_exclusive(self._commit_path(shard), canonical_json(record))
         except FileNotFoundError:
             # Another process committed this shard and the rest, finished the cache and tidied up.
@@ -172,9 +175,6 @@ class CacheWriter:
                 return
             raise
         if not first:
-            with contextlib.suppress(CacheError):  # the record is gone: the cache is finished
-                if read_json(self._commit_path(shard))["raw"] == name:
-                    return
             raw.unlink(missing_ok=True)
 
     def finalize(self, progress: Callable[[int], None] = lambda shard: None) -> Manifest:
@@ -267,7 +267,8 @@ class CacheWriter:
         labels: np.ndarray,
         source_ids: np.ndarray,
         quarantined: Sequence[tuple[int, str, str]],
-    ) -> tuple[dict[str, np.ndarray], StatsAccumulator]:
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a raw shard by "view.field", fp32 (R, N, C)."""
         expected = self.rows(shard)
         lost = np.array([i for i, _, _ in quarantined], np.int64)
         if (
@@ -283,7 +284,6 @@ class CacheWriter:
             raise ConfigError(f"shard {shard}: {len(labels)} labels for {len(source_ids)} rows")
         shape = (len(source_ids), self.plan.tokens, self.plan.channels)
         tensors: dict[str, np.ndarray] = {}
-        stats = StatsAccumulator(self.plan.channels)
         if set(moments) != set(self.plan.views):
             raise ConfigError(f"moments of views {sorted(moments)}, planned {self.plan.views}")
         for view in self.plan.views:
@@ -298,8 +298,14 @@ class CacheWriter:
                     bad = int(source_ids[int(np.argmin(finite))])
                     raise NonFiniteError(f"the {field} of image {bad} ({view}) is not finite")
                 tensors[f"{view}.{field}"] = values
+        return tensors
+
+    def _stats(self, tensors: Mapping[str, np.ndarray]) -> StatsAccumulator:
+        """The statistics of a raw shard's means, over its views."""
+        stats = StatsAccumulator(self.plan.channels)
+        for view in self.plan.views:
             stats.update(tensors[f"{view}.mean"])
-        return tensors, stats
+        return stats
 
 
 def unfinished_message(path: Path, missing: int, shards: int) -> str:
