@@ -16,7 +16,7 @@ from detok_pipe.pipelines.config import TokenizerConfig
 from detok_pipe.pipelines.decode import MAX_PIXELS, BatchDecoder, default_threads, to_float
 from detok_pipe.pipelines.encode import Encoder, moments_on_device
 from detok_pipe.pipelines.images import ImageSource
-from detok_pipe.pipelines.trained import TrainedTokenizer, build_tokenizer
+from detok_pipe.pipelines.trained import TrainedTokenizer, build_tokenizer, ready
 
 _TYPICAL_SIZE = (500, 375)
 _TRIAL_SECONDS = 3.0
@@ -68,7 +68,7 @@ class TypicalImages(ImageSource):
 
 def untrained(config: TokenizerConfig, device: torch.device | str) -> TrainedTokenizer:
     """A tokenizer of ``config`` whose weights do not matter: its speed is that of a trained one."""
-    model = build_tokenizer(config).to(device).eval().requires_grad_(False)
+    model = ready(build_tokenizer(config), device)
     identity = {"fingerprint": "untrained"}
     return TrainedTokenizer(model, config.image_size, identity, "untrained", Path("untrained"), 0)
 

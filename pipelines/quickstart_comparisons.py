@@ -15,7 +15,7 @@ from detok_pipe.pipelines.images import ImageSource
 from detok_pipe.pipelines.sample import sample, sampled_classes
 from detok_pipe.pipelines.score import measure, score
 from detok_pipe.pipelines.stored_features import FeatureTable, StoredFeatures, features_of
-from detok_pipe.pipelines.trained import fingerprint
+from detok_pipe.pipelines.trained import fingerprint, ready
 
 if TYPE_CHECKING:
     from detok_pipe.pipelines.quickstart import Quickstart
@@ -63,7 +63,7 @@ def _untrained(quickstart: "Quickstart") -> SampleStore:
         num_classes=quickstart.cache.num_classes,
         **config.model,
     )
-    model = model.to(quickstart.device).eval().requires_grad_(False)
+    model = ready(model, quickstart.device)
     identity = {
         **quickstart.generator.identity,
         "weights": fingerprint(model.state_dict()),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from detok_pipe.generators.packed_linear import pack_linears
 from detok_pipe.generators.state_dicts import fitted
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.hub_weights import find_files, read_weights
@@ -17,7 +16,7 @@ from detok_pipe.pipelines.published_tokenizers import (
     PublishedTokenizer,
     TokenizerChoice,
 )
-from detok_pipe.pipelines.trained import TrainedTokenizer, identified, load_tokenizer
+from detok_pipe.pipelines.trained import TrainedTokenizer, identified, load_tokenizer, ready
 from detok_pipe.tokenizer.contract import Built
 
 
@@ -90,10 +89,8 @@ def load_published(
     if not model.has_posterior:
         facts["posterior"] = False
     identity, decoder = identified(tensors, name=name, **facts)
-    model = model.to(device).eval().requires_grad_(False)
-    pack_linears(model)
     return TrainedTokenizer(
-        model, model.image_size[0], identity, decoder, files.weights, 0, built.stats
+        ready(model, device), model.image_size[0], identity, decoder, files.weights, 0, built.stats
     )
 
 

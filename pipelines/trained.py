@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.run_directory import read_config
 from detok_pipe.tokenizer.contract import Tokenizer, encoder_keys
 from detok_pipe.tokenizer.model import LDeTok
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -109,6 +111,13 @@ def _generator_of(record: dict[str, Any], file: str) -> Generator:
     )
 
 
+def ready(network: Network, device: torch.device | str) -> Network:
+    """The same network on ``device``, for computing alone: its weights must not change any more."""
+    network = network.to(device).eval().requires_grad_(False)
+    pack_linears(network)
+    return network
+
+
 def _newest(run: Path) -> Checkpoint:
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
@@ -147,9 +156,8 @@ def load_tokenizer(
         channels=config.channels,
         size=config.encoder,
     )
-    model = model.to(device).eval().requires_grad_(False)
-    pack_linears(model)
-    return TrainedTokenizer(model, config.image_size, identity, decoder, run, checkpoint.step)
+    ready_model = ready(model, device)
+    return TrainedTokenizer(ready_model, config.image_size, identity, decoder, run, checkpoint.step)
 
 
 def identified(
@@ -195,10 +203,8 @@ def load_generator(
         "cache": record["inputs"]["cache"],
         "tokenizer": record["inputs"]["tokenizer"],
     }
-    model = model.to(device).eval().requires_grad_(False)
-    pack_linears(model)
     return TrainedGenerator(
-        model=model,
+        model=ready(model, device),
         stats=LatentStats.from_json(latents["stats"]),
         grid=tuple(latents["grid"]),
         class_names=latents["class_names"],
