@@ -37,10 +37,22 @@ Number = TypeVar("Number", int, float)
 
 
 def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any) -> "Sampling":
+    """The sampling options of a command line; None stands for what is not given there."""
     from detok_pipe.generators.sampling import Sampling
+    from detok_pipe.latents.errors import ConfigError
     from detok_pipe.pipelines.sample import sampling_of
 
     given = {field.name: values.get(field.name) for field in dataclasses.fields(Sampling)}
+    # The generator refuses them too, but does not know what they are called here.
+    model, parameters = generator.model, click.get_current_context().command.params
+    flags = {p.name: p.opts[0] for p in parameters if p.name in given}
+    for name, value in given.items():
+        if name not in model.sampling_options and value not in (None, getattr(Sampling, name)):
+            used = sorted(flags[option] for option in model.sampling_options & flags.keys())
+            raise ConfigError(
+                f"{flags[name]}: {model.title} does not use this option; leave it out (it uses "
+                f"{', '.join(used)})"
+            )
     return sampling_of(generator, **given | {"guidance_scale": scale})
 
 
