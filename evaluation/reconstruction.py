@@ -21,7 +21,7 @@ def psnr(original: Tensor, rebuilt: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each pair of uint8 images (B, 3, H, W), (B,) fp64."""
     check_images(original)
     check_images(rebuilt)
-    error = (original.double() - rebuilt.double()).square().mean((1, 2, 3))
+    error = (_double(original) - _double(rebuilt)).square().mean((1, 2, 3))
     return (10 * torch.log10(255.0**2 / error)).clamp_max(MAX_PSNR)
 
 
@@ -40,7 +40,7 @@ def ssim(original: Tensor, rebuilt: Tensor) -> Tensor:
         raise InputError(
             f"SSIM needs images of at least {_WINDOW} pixels a side, got {tuple(original.shape)}"
         )
-    x, y = original.double(), rebuilt.double()
+    x, y = _double(original), _double(rebuilt)
     mu_x, mu_y = _blurred(x), _blurred(y)
     var_x = _blurred(x * x) - mu_x.square()
     var_y = _blurred(y * y) - mu_y.square()
@@ -49,6 +49,11 @@ def ssim(original: Tensor, rebuilt: Tensor) -> Tensor:
         (mu_x.square() + mu_y.square() + _C1) * (var_x + var_y + _C2)
     )
     return similarity.mean((1, 2, 3))
+
+
+def _double(images: Tensor) -> Tensor:
+    """As fp64, on the host where the device knows no such numbers."""
+    return (images.cpu() if images.device.type == "mps" else images).double()
 
 
 def _blurred(images: Tensor) -> Tensor:
