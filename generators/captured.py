@@ -22,6 +22,7 @@ class CapturedCall:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream: torch.cuda.Stream | None = None
         self.graphs: dict[
             tuple[torch.Size | None, ...],
             tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Tensor],
@@ -43,14 +44,19 @@ class CapturedCall:
         self, inputs: tuple[Tensor | None, ...]
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor | None, ...], Tensor]:
         held = tuple(None if given is None else given.clone() for given in inputs)
-        # Compiling and the libraries' workspaces must be done with before the capture, on
-        # another stream than the default one.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # The device of the inputs need not be the current one. One stream for all captures: the
+        # libraries keep a workspace for each stream that they were ever called on.
+        device = next(given.device for given in inputs if given is not None)
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        # Compiling and the workspaces must be done with before the capture, on another stream
+        # than the default one.
+        usual = torch.cuda.current_stream(device)
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
             self.function(*held)
-        torch.cuda.current_stream().wait_stream(aside)
+        usual.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = self.function(*held)
         return graph, held, result

@@ -1,5 +1,8 @@
 """CUDA graphs of functions: the same results, anew for other shapes, inputs read at each call."""
 
+from contextlib import contextmanager, nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -8,12 +11,38 @@ from detok_pipe.generators.registry import build_generator
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.noise import Noise
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def test_all_captures_share_a_stream_of_the_inputs_device(monkeypatch):
+    """Workspaces are kept for each stream, and work on another device would not be captured."""
+    made, captured_on = [], []
+
+    def stream(device):
+        made.append(Mock(device=device))
+        return made[-1]
+
+    @contextmanager
+    def graph(graph, *, pool, stream):
+        captured_on.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    captured = CapturedCall(lambda scale, x: x * 2)
+    for rows in (2, 3, 2):
+        captured(None, torch.zeros(rows, device="meta"))
+    (only,) = made
+    assert only.device == torch.device("meta")
+    assert captured_on == [only] * 2
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_replays_follow_their_inputs():
     weight = torch.randn(8, 8, device="cuda")
     runs = []
@@ -35,6 +64,8 @@ def test_replays_follow_their_inputs():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["mar-b", "raster-ar-b"])
 def test_compiled_samples_are_the_same(name):
     torch.manual_seed(0)
