@@ -7,6 +7,7 @@ and noise. Within a shard the batches are fixed: with the same batch size, to th
 
 import copy
 import dataclasses
+import gc
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -148,6 +149,9 @@ def sample(
                 rows.append(_checked(z.cpu().numpy(), ids, sampling))
                 task.advance(len(ids))
             store.commit(shard, np.concatenate(rows))
+    if compiled:  # refers to itself; a sweep's copies would else gather on the device
+        del model
+        gc.collect()
     return store
 
 

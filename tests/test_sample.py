@@ -1,7 +1,10 @@
 """Sample stores: the same samples whatever the processes, batches and interruptions."""
 
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from score_making import MODEL, QUICK, Rank, tiny_generator, tiny_tokenizer
 from detok_pipe.generators.backbone import LabelEmbedding
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError, MismatchError, NonFiniteError
+from detok_pipe.pipelines import sample as module
 from detok_pipe.pipelines.preview import write_preview
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
 
@@ -99,6 +103,29 @@ def test_compiled_samples_are_the_same(tmp_path: Path) -> None:
     plain = sample(tiny_generator(tmp_path), tmp_path / "a", **settings)
     compiled = sample(tiny_generator(tmp_path), tmp_path / "b", compiled=True, **settings)
     np.testing.assert_allclose(compiled.read(0, 3), plain.read(0, 3), atol=2e-3)
+
+
+def test_compiled_networks_do_not_outlive_their_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, copies = module._prepared, []
+
+    def noted(*arguments: Any) -> Any:
+        model = prepared(*arguments)
+        copies.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(module, "_prepared", noted)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    generator = tiny_generator(tmp_path)
+    gc.disable()
+    try:
+        for seed in range(2):
+            out = tmp_path / f"{seed}"
+            sample(generator, out, count=1, sampling=QUICK, seed=seed, compiled=True, quiet=True)
+    finally:
+        gc.enable()
+    assert [copy() for copy in copies] == [None, None]
 
 
 def test_failure_to_compile_says_what_to_do(
