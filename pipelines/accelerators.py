@@ -19,6 +19,7 @@ from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines.config import Execution, Precision
 from detok_pipe.pipelines.devices import resolve_device, resolve_precision
+from detok_pipe.pipelines.processes import PATIENCE
 
 PROJECT = "detok-pipe"
 """The project's name in the trackers."""
@@ -40,8 +41,11 @@ def make_accelerator(
     AcceleratorState._reset_state()
     # Without being told that it is on a CPU, Accelerate joins no processes there: each of
     # torchrun's would take itself for the only one.
-    cpu = resolve_device(execution.device).type == "cpu"
-    state = PartialState(cpu=cpu)
+    device = resolve_device(execution.device)
+    if execution.device is not None and device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # alone, Accelerate takes the current one
+    cpu = device.type == "cpu"
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     if execution.fsdp and (cpu or state.num_processes == 1):
         # Accelerate would quietly do something else.
         raise ConfigError(
@@ -55,8 +59,15 @@ def make_accelerator(
         accelerator = Accelerator(
             mixed_precision=mixed,
             cpu=cpu,
-            # No buffer that is trained with needs to be the same on all processes.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # No buffer that is trained with needs to be the same on all processes.
+                    broadcast_buffers=False,
+                    # Otherwise gradients are put together anew after a sitting's first step, and
+                    # three processes and more then add them up in another order.
+                    find_unused_parameters=execution.deterministic,
+                )
+            ],
             fsdp_plugin=sharding_plugin() if execution.fsdp else None,
             log_with=list(execution.trackers) or None,
             project_config=ProjectConfiguration(

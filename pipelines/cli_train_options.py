@@ -82,8 +82,9 @@ execution_options = together(
     click.option(
         "--deterministic",
         is_flag=True,
-        help="Take only GPU kernels that give the same bits each time, which are slower: a "
-        "resumed run then equals an uninterrupted one exactly, as it always does on a CPU.",
+        help="Take only GPU kernels, and one order of adding up the processes' gradients, that "
+        "give the same bits each time, which are slower: a resumed run then equals an "
+        "uninterrupted one exactly, as one process or two do on a CPU anyway.",
     ),
     click.option(
         "--tracker",

@@ -209,7 +209,7 @@ class Execution:
     compile: bool = False
     activation_checkpointing: bool = False
     deterministic: bool = False
-    """Take only kernels that give the same bits each time."""
+    """Take only kernels and sums over processes that give the same bits each time."""
     fsdp: bool = False
     """Shard weights, gradients, optimizer state and EMA over the GPUs."""
     trackers: tuple[str, ...] = ("tensorboard",)

@@ -6,6 +6,7 @@ travels between processes is small: decisions, and features of reference images.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from detok_pipe.latents.errors import DetokError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other. One that died ends the others through their launcher;
+alive, the main one may score, save or download for long, and sampling drifts apart over hours. NCCL
+would take ten minutes for a failure."""
 
 
 class Processes:

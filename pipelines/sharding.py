@@ -36,17 +36,27 @@ def checkpoint_activations(model: nn.Module) -> None:
     )
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; equal ones share the code."""
+def compile_blocks(model: nn.Module, *, sharded: bool = False) -> None:
+    """Compile each block; equal ones share the code.
+
+    Args:
+        sharded: the model is going to be. FSDP's hooks, which lie on the block itself, would keep
+            the whole from being compiled with its recomputation.
+    """
     for block in blocks(model):
-        block.compile()
+        (_within_checkpoint(block) if sharded else block).compile()
+
+
+def _within_checkpoint(block: nn.Module) -> nn.Module:
+    """The block itself, where `checkpoint_activations` has wrapped it."""
+    return getattr(block, "_checkpoint_wrapped_module", block)
 
 
 def _units(model: nn.Module) -> tuple[type[nn.Module], ...]:
     """The classes that are sharded one by one: the blocks, and what is called apart from them."""
     found: set[type[nn.Module]] = set()
     for block in blocks(model):
-        inner: nn.Module = getattr(block, "_checkpoint_wrapped_module", block)
+        inner = _within_checkpoint(block)
         found.add(type(inner))
         modulation: nn.Module | None = getattr(inner, "adaLN_modulation", None)
         if modulation is not None:  # is called by itself, before the block
@@ -87,6 +97,20 @@ def prepared(
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with their shards put together; every process has to call."""
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
+
+
+def whole_on_host(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+    """`whole` where they are ``wanted``, what was sharded on the host: no device has to hold more
+    than one at a time. Every process has to call."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            full = tensor.full_tensor()
+            if wanted:
+                found[name] = full.cpu()
+        elif wanted:
+            found[name] = tensor
+    return found
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:

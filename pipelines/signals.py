@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from detok_pipe.pipelines.processes import PATIENCE
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -42,7 +44,9 @@ class Agreement:
 
     def __init__(self, processes: int) -> None:
         # Collectives of the processors: those of NCCL would have to wait for the GPU.
-        self._group: Any = dist.new_group(backend="gloo") if processes > 1 else None
+        self._group: Any = (
+            dist.new_group(backend="gloo", timeout=PATIENCE) if processes > 1 else None
+        )
 
     def highest(self, number: int) -> int:
         """The highest ``number`` of all processes; each has to call."""

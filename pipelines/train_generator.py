@@ -206,7 +206,7 @@ def train_generator(
     if execution.activation_checkpointing:
         checkpoint_activations(model)
     if execution.compile:
-        compile_blocks(model)
+        compile_blocks(model, sharded=execution.fsdp)
     if execution.fsdp:
         shard(ema.module)
     optimizer = torch.optim.AdamW(

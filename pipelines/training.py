@@ -42,7 +42,7 @@ from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import progress, say
 from detok_pipe.pipelines.readings import DescribeIds, Readings
 from detok_pipe.pipelines.run_directory import RunDirectory, open_run
-from detok_pipe.pipelines.sharding import whole
+from detok_pipe.pipelines.sharding import whole_on_host
 from detok_pipe.pipelines.signals import Agreement, caught_signals
 
 
@@ -98,7 +98,7 @@ class Parts:
         tensors = {name: model.state_dict() for name, model in self.models.items()}
         tensors["ema"] = self.ema.module.state_dict()
         tensors |= {name: optimizer_tensors(o) for name, o in self.optimizers.items()}
-        tensors = {name: whole(group) for name, group in tensors.items()}
+        tensors = {name: whole_on_host(group, processes.is_main) for name, group in tensors.items()}
 
         def write() -> None:
             assert run is not None

@@ -1,6 +1,8 @@
 """Tiny generator trainings for tests, also in processes that torchrun starts."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -74,8 +76,32 @@ def train_long(cache: Path, run: Path) -> None:
     train_generator(recipe(duration="24 steps"), cache, run, execution)
 
 
+def train_to_the_same_bits(folder: Path) -> None:
+    """One training in one sitting and one in two, by torchrun's processes."""
+    from detok_pipe.latents.errors import Interrupted
+    from detok_pipe.pipelines import train_generator as module
+    from detok_pipe.pipelines.inspection import Inspection
+
+    def stop(step: int) -> dict[str, float]:
+        if step == 4:
+            raise Interrupted("enough", 15)
+        return {}
+
+    config = recipe("mar-b", global_batch=24)
+    exact = dataclasses.replace(QUIET, checkpoint_every=1, deterministic=True)
+    train_generator(config, folder / "cache", folder / "whole", exact)
+    usual = module.inspections
+    module.inspections = lambda *_, **__: [Inspection(1, stop)]
+    with contextlib.suppress(Interrupted):
+        train_generator(config, folder / "cache", folder / "resumed", exact)
+    module.inspections = usual
+    train_generator(config, folder / "cache", folder / "resumed", exact)
+
+
 def train_in_processes(folder: Path) -> None:
     """What each of torchrun's processes does; see ``test_training_processes.py``."""
+    import torch
+    import torch.distributed as dist
     from accelerate import DistributedType
     from accelerate.state import PartialState
     from torch.distributed.fsdp import FSDPModule
@@ -110,7 +136,12 @@ def train_in_processes(folder: Path) -> None:
         train_generator(recipe(name), folder / "cache", folder / f"sharded-{name}", sharded)
     halves = dataclasses.replace(sharded, micro_batch=4, activation_checkpointing=True)
     train_generator(recipe(), folder / "cache", folder / "sharded-moved", halves)
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    compiled = dataclasses.replace(halves, compile=True)
+    train_generator(recipe(), folder / "cache", folder / "sharded-compiled", compiled)
+    in_graphs = torch._dynamo.utils.counters["stats"]["calls_captured"]
     state = PartialState()
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
     if state.is_main_process:
         facts = {
             "processes": state.num_processes,
@@ -120,9 +151,11 @@ def train_in_processes(folder: Path) -> None:
                 for model in wrapped
                 for block in sharding.blocks(model)
             ),
+            "compiled": in_graphs > 20,  # an AdaLNBlock's operations
+            "patience": timeout.total_seconds() / 3600,
         }
         (folder / "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    train_in_processes(Path(sys.argv[1]))
+    globals()[sys.argv[1]](Path(sys.argv[2]))

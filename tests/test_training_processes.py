@@ -34,6 +34,22 @@ def stop_after(steps, folder, monkeypatch):
             train_generator(recipe(), folder.parent / "cache", folder, execution)
 
 
+def in_processes(count, function, folder):
+    """Call a function of ``generator_making`` in so many processes."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={count}", str(tests / "generator_making.py")),
+            *(function, str(folder)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The cache, and the runs of two processes beside those of one."""
@@ -46,17 +62,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         stop_after(4, folder / "moved", patch)
         stop_after(4, folder / "sharded-moved", patch)
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(tests / "generator_making.py"), str(folder)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_processes(2, "train_in_processes", folder)
     return folder
 
 
@@ -72,7 +78,13 @@ def close(first, second):
 
 def test_there_were_two_processes_and_real_shards(folder):
     facts = json.loads((folder / "facts.json").read_text())
-    assert facts == {"processes": 2, "sharded": True, "blocks": True}
+    assert facts == {
+        "processes": 2,
+        "sharded": True,
+        "blocks": True,
+        "compiled": True,
+        "patience": 6.0,
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -88,6 +100,19 @@ def test_a_run_goes_on_with_another_number_of_processes(folder):
     expected = losses(folder / "one-sit-b")
     assert losses(folder / "moved") == pytest.approx(expected, rel=1e-5)
     assert losses(folder / "sharded-moved") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sharded_training_is_compiled_with_its_recomputations(folder):
+    expected = losses(folder / "one-sit-b")
+    assert losses(folder / "sharded-compiled") == pytest.approx(expected, rel=1e-5)
+
+
+def test_three_processes_go_on_to_the_same_bits(tmp_path):
+    """Beyond two, the order of adding up their gradients shows."""
+    write_latents(tmp_path / "cache")
+    in_processes(3, "train_to_the_same_bits", tmp_path)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mar-b", "sit-b"])
