@@ -17,10 +17,10 @@ from detok_pipe.latents.errors import DetokError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other. One that died ends the others through their launcher;
-alive, the main one may score, save or download for long, and sampling drifts apart over hours. NCCL
-would take ten minutes for a failure."""
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other before they fail. The main one may score, save or download
+for longer than NCCL's ten minutes, and sampling drifts apart over hours. Launchers end the others
+when one has died; only where there is none, as under a bare srun, do they wait so long in vain."""
 
 
 class Processes:

@@ -83,7 +83,7 @@ def test_there_were_two_processes_and_real_shards(folder):
         "sharded": True,
         "blocks": True,
         "compiled": True,
-        "patience": 6.0,
+        "patience": 2.0,
     }
 
 
