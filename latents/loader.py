@@ -322,7 +322,7 @@ class _Buffers:
             yield HostBatch({f: values[rows] for f, values in self._arrays.items()}, numbers)
         if self._loader.device.type == "cuda":
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._loader.device))
 
 
 def _checked_subset(cache: LatentCache, subset: np.ndarray | None) -> np.ndarray | None:

@@ -29,6 +29,7 @@ from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter
 from detok_pipe.pipelines.decode import BatchDecoder, DecodedBatch, default_threads, to_float
 from detok_pipe.pipelines.devices import compute_threads
+from detok_pipe.pipelines.host_copies import HostCopies
 from detok_pipe.pipelines.images import ImageSource
 from detok_pipe.pipelines.progress import progress
 
@@ -304,22 +305,21 @@ class _Network:
         self._device = device
 
     def moments(self, batches: Iterable[DecodedBatch]) -> Iterator[tuple[DecodedBatch, Moments]]:
-        """Moments of each batch; the device computes one batch while another is fetched."""
-        waiting: tuple[DecodedBatch, dict[str, Tensor]] | None = None
+        """Moments of each batch; a GPU computes the next batch while one is looked at."""
+        waiting: tuple[DecodedBatch, HostCopies] | None = None
         for batch in batches:
             images = to_float(batch.pixels, self._device)
-            launched = batch, moments_on_device(self._model, images, self._plan)
+            results = moments_on_device(self._model, images, self._plan)
+            launched = batch, HostCopies(results)
             if waiting:
                 yield self._fetched(*waiting)
             waiting = launched
         if waiting:
             yield self._fetched(*waiting)
 
-    def _fetched(
-        self, batch: DecodedBatch, results: dict[str, Tensor]
-    ) -> tuple[DecodedBatch, Moments]:
+    def _fetched(self, batch: DecodedBatch, results: HostCopies) -> tuple[DecodedBatch, Moments]:
         """The results on the host; what is not finite is tried once more in fp32."""
-        arrays = {view: values.cpu().numpy() for view, values in results.items()}
+        arrays = {view: values.numpy() for view, values in results.wait().items()}
         for place in self._bad(arrays) if self._plan.dtype == "bf16" else ():
             image = to_float(batch.pixels[place : place + 1], self._device)
             again = moments_on_device(self._model, image, replace(self._plan, dtype="fp32"))

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from detok_pipe.latents.errors import NonFiniteError
+from detok_pipe.pipelines.host_copies import HostCopies
 
 DescribeIds = Callable[[Sequence[int]], str]
 
@@ -24,15 +25,21 @@ class Reading:
 
 @dataclass
 class _Window:
-    """Some steps' values: while they are made, then while they travel."""
+    """Some steps' values while they are made."""
 
     first: int
     ids: list[Tensor] = field(default_factory=list)
     values: list[Mapping[str, Tensor]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    mine: Tensor | None = None  # (steps, names) on the host, of this process
-    mean: Tensor | None = None  # the same over all processes
-    copied: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A window whose values are on their way: "mine", (steps, names) of this process, and "mean",
+    the same over all processes."""
+
+    window: _Window
+    names: list[str]
+    tables: HostCopies
 
 
 class Readings:
@@ -46,7 +53,7 @@ class Readings:
         self._accelerator = accelerator
         self._describe_ids = describe_ids
         self._open: _Window | None = None
-        self._sent: deque[_Window] = deque()
+        self._sent: deque[_Sent] = deque()
 
     def add(self, step: int, ids: Tensor, values: Mapping[str, Tensor]) -> None:
         """Note the values, on the device, of step ``step`` (from 0)."""
@@ -62,20 +69,16 @@ class Readings:
             return
         self._open = None
         # A term may join in the middle, as a discriminator's do.
-        window.names = list(dict.fromkeys(name for values in window.values for name in values))
+        names = list(dict.fromkeys(name for values in window.values for name in values))
         absent = torch.zeros_like(window.values[0]["loss"], dtype=torch.float32)
         mine = torch.stack(
             [
-                torch.stack([values.get(name, absent).float() for name in window.names])
+                torch.stack([values.get(name, absent).float() for name in names])
                 for values in window.values
             ]
         )  # (steps, names)
         mean = self._accelerator.reduce(mine.clone(), "mean")
-        window.mine, window.mean = _to_host(mine), _to_host(mean)
-        if mine.device.type == "cuda":
-            window.copied = torch.cuda.Event()
-            window.copied.record()
-        self._sent.append(window)
+        self._sent.append(_Sent(window, names, HostCopies({"mine": mine, "mean": mean})))
 
     def arrived(self, *, wait: bool = False) -> Iterator[Reading]:
         """The readings that have come in since the last call, or, to ``wait``, all that were sent.
@@ -84,30 +87,25 @@ class Readings:
             NonFiniteError: at the first step with a value that is not finite.
         """
         while self._sent:
-            window = self._sent[0]
-            if window.copied is not None:
-                if not wait and not window.copied.query():
-                    return
-                window.copied.synchronize()
-            self._sent.popleft()
-            yield self._read(window)
+            if not wait and not self._sent[0].tables.arrived():
+                return
+            yield self._read(self._sent.popleft())
 
-    def _read(self, window: _Window) -> Reading:
-        assert window.mine is not None
-        assert window.mean is not None
+    def _read(self, sent: _Sent) -> Reading:
+        window, tables = sent.window, sent.tables.wait()
         for row, ids in enumerate(window.ids):
-            finite = window.mean[row].isfinite().tolist()
+            finite = tables["mean"][row].isfinite().tolist()
             if not all(finite):
-                bad = [name for name, good in zip(window.names, finite, strict=True) if not good]
-                own = not window.mine[row].isfinite().all()
+                bad = [name for name, good in zip(sent.names, finite, strict=True) if not good]
+                own = not tables["mine"][row].isfinite().all()
                 where = self._named(ids.tolist()) if own else "on another process"
                 raise NonFiniteError(
                     f"{', '.join(bad)} of step {window.first + row + 1:,} is not finite ({where}); "
                     "the last checkpoint is untouched. Lower the learning rate, or train in fp32"
                 )
-        totals = window.mean.sum(0).tolist()
-        counts = [sum(name in values for values in window.values) for name in window.names]
-        means = {n: t / c for n, t, c in zip(window.names, totals, counts, strict=True)}
+        totals = tables["mean"].sum(0).tolist()
+        counts = [sum(name in values for values in window.values) for name in sent.names]
+        means = {n: t / c for n, t, c in zip(sent.names, totals, counts, strict=True)}
         steps = len(window.values)
         return Reading(window.first + steps, steps, means)
 
@@ -115,11 +113,3 @@ class Readings:
         some, more = ids[:8], ", ..." if len(ids) > 8 else ""
         names = f": {self._describe_ids(some)}{more}" if self._describe_ids else ""
         return f"stream positions {', '.join(map(str, some))}{more}{names}"
-
-
-def _to_host(table: Tensor) -> Tensor:
-    """A copy on the host; from a CUDA device it is under way when this returns."""
-    if table.device.type != "cuda":
-        return table.cpu()
-    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-    return host.copy_(table, non_blocking=True)
