@@ -41,10 +41,7 @@ def make_accelerator(
     AcceleratorState._reset_state()
     # Without being told that it is on a CPU, Accelerate joins no processes there: each of
     # torchrun's would take itself for the only one.
-    device = resolve_device(execution.device)
-    if execution.device is not None and device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # alone, Accelerate takes the current one
-    cpu = device.type == "cpu"
+    cpu = resolve_device(execution.device).type == "cpu"
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     if execution.fsdp and (cpu or state.num_processes == 1):
         # Accelerate would quietly do something else.

@@ -15,15 +15,23 @@ from detok_pipe.pipelines.config import Precision
 def resolve_device(name: str | None) -> torch.device:
     """The device of ``--device``; without one this process's GPU (CUDA, MPS), else the CPU.
 
+    A CUDA device becomes the current one; "cuda" is the one of this process on its machine.
+
     Raises:
         ConfigError: torch does not know the device, or it is not there.
     """
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            if device.index is None:
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                # Some launchers show each process its own GPU only.
+                device = torch.device("cuda", local % max(1, torch.cuda.device_count()))
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0].split(". ")[0]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from detok_pipe.latents.errors import Interrupted, NonFiniteError
 from detok_pipe.latents.noise import Noise
-from detok_pipe.pipelines import accelerators
 from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.checkpoints import checkpoint_paths, latest_checkpoint
@@ -194,12 +193,3 @@ def test_the_learning_rate_rises_then_follows_its_schedule():
     assert rates[25:] == sorted(rates[25:], reverse=True)
     assert rates[-1] < 0.001
     assert learning_rate(50, steps=100, peak=0.5, warmup=0, schedule="constant") == 0.5
-
-
-def test_a_gpu_that_is_named_is_taken(monkeypatch):
-    taken = []
-    monkeypatch.setattr(accelerators, "resolve_device", torch.device)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name in ("cuda:1", "cuda", "cpu"):
-        make_accelerator("fp32", dataclasses.replace(QUIET, device=name))
-    assert taken == [torch.device("cuda", 1)]
