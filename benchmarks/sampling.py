@@ -193,6 +193,7 @@ def compare(
     steps: int | None,
     iterations: int | None,
     compiled: bool,
+    same_products: bool,
     repeats: int,
     rate: float,
 ) -> str:
@@ -200,6 +201,8 @@ def compare(
     model = build(name, size, device)
     fast = copy.deepcopy(model).to(torch.bfloat16 if bf16 else torch.float32)
     pack_linears(fast)
+    if same_products:
+        pack_linears(model)
     changes = model.used({"steps": steps, "iterations": iterations})
     sampling = replace(default_sampling(name), **changes)
     condition = (torch.arange(batch, device=device) * 37) % 1000
@@ -276,6 +279,11 @@ def noise_line(device: torch.device) -> str:
 @click.option("--steps", type=int, help="Head, diffusion or ODE steps. [default: the model's]")
 @click.option("--num-iter", type=int, help="MAR's iterations. [default: the model's]")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the package's samplers.")
+@click.option(
+    "--same-products",
+    is_flag=True,
+    help="Let the plain loops use the package's linear layers on a CPU, too.",
+)
 @click.option("--repeats", default=1, show_default=True, help="Runs of which the best counts.")
 def main(
     names: tuple[str, ...],
@@ -286,6 +294,7 @@ def main(
     steps: int | None,
     num_iter: int | None,
     compiled: bool,
+    same_products: bool,
     repeats: int,
 ) -> None:
     place = torch.device(device)
@@ -316,6 +325,7 @@ def main(
             steps=steps,
             iterations=num_iter or (8 if short else None),
             compiled=compiled,
+            same_products=same_products,
             repeats=repeats,
             rate=rate,
         )
