@@ -75,7 +75,7 @@ def plain_mar(model: MAR, condition: Tensor, sampling: Sampling, noise: Noise) -
     label = plain_labels(model, condition)[:, None].expand(-1, model.buffer, -1)
     tokens = torch.zeros(batch, tokens_count, model.channels, device=condition.device)
     masked = tokens_count
-    counts = reveal_counts(tokens_count, sampling.iterations or min(64, tokens_count))
+    counts = reveal_counts(tokens_count, sampling.iterations or min(256, tokens_count))
     for k, count in enumerate(counts):
         mask = torch.zeros(batch, tokens_count, device=condition.device)
         mask = mask.scatter(1, order[:, :masked], 1.0).bool()

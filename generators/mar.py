@@ -56,8 +56,8 @@ class MAR(TokenGenerator):
     """Masked autoregressive generator.
 
     Noise names: "label_drop", "order", "mask_ratio" (shared), "head/t", "head/noise" in training;
-    "order" and "head/<iteration>" in sampling. Options that are None mean 64 iterations (or one a
-    token, if fewer or where latents are a sequence) and 100 head steps.
+    "order" and "head/<iteration>" in sampling. Options that are None mean one iteration a token,
+    but 256 (those of the published final scores) where there are more, and 100 head steps.
 
     Args:
         width, depth, heads: of both encoder and decoder (depth blocks each).
@@ -150,8 +150,7 @@ class MAR(TokenGenerator):
 
     def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         batch, width, device = len(condition), self.mask_token.shape[-1], condition.device
-        usual = self.tokens if len(self.grid) == 1 else min(64, self.tokens)
-        counts = reveal_counts(self.tokens, sampling.iterations or usual)
+        counts = reveal_counts(self.tokens, sampling.iterations or min(256, self.tokens))
         head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         # Rows B..2B hold the null half; an iteration at scale 1 leaves them out. Places are kept
         # in the order in which they are revealed, an order's entries from its end.

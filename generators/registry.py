@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,8 +38,8 @@ class Family:
 
     Attributes:
         build: the constructor. sizes: its names' (width, depth, heads).
-        sampling: the published sampling options, at the guidance scale of its best score
-            where one is published.
+        sampling: the published sampling options, but for those of `_BEST_SCALES` and
+            `_UNGUIDED_TEMPERATURES`.
     """
 
     build: Callable[..., Generator]
@@ -71,6 +71,11 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_BEST_SCALES = {"mar-b": 3.9, "mar-l": 3.4}
+"""Guidance scales of the best published scores."""
+_UNGUIDED_TEMPERATURES = {"mar-b": 0.95, "mar-l": 0.97}
+"""Published temperatures of samples without guidance; 1 for all others."""
+
 
 def generator_names() -> list[str]:
     """All names that `build_generator` knows, such as "mar-b"."""
@@ -97,13 +102,21 @@ def generator_size(name: str) -> tuple[int, int, int]:
     return _family(name)[1]
 
 
-def default_sampling(name: str) -> Sampling:
+def default_sampling(name: str, guidance_scale: float | None = None) -> Sampling:
     """The published sampling options of a generator.
 
+    Args:
+        guidance_scale: None: that of the best published score, where one is published. Scale 1
+            has its own temperature.
+
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or a scale below 0.
     """
-    return _family(name)[0].sampling
+    sampling = _family(name)[0].sampling
+    if guidance_scale is None:
+        guidance_scale = _BEST_SCALES.get(name, sampling.guidance_scale)
+    temperature = _UNGUIDED_TEMPERATURES.get(name, 1.0) if guidance_scale == 1.0 else 1.0
+    return replace(sampling, guidance_scale=guidance_scale, temperature=temperature)
 
 
 def _options(build: Callable[..., Generator]) -> dict[str, str]:

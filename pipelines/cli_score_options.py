@@ -62,7 +62,8 @@ sampling_options = together(
         "--num-iter",
         "iterations",
         type=click.IntRange(1),
-        help="MAR: iterations that reveal tokens (64; the published final scores take 256).",
+        help="MAR: iterations that reveal tokens (one a token, up to 256, as in the published "
+        "scores; 64 are up to 4 times faster).",
     ),
     click.option("--method", type=click.Choice(["euler", "dopri5"]), help="SiT: ODE solver."),
 )

@@ -80,7 +80,7 @@ def sample(run: Path, num: int, cfg: float | None, out: Path, **values: Any) -> 
     \b
     Example:
       detok-pipe sample runs/mar-l --num 50000 --cfg 3.4 --out samples
-      detok-pipe sample runs/mar-l -n 16 --classes 207,360 --num-iter 256 --out dogs-and-otters
+      detok-pipe sample runs/mar-l -n 16 --classes 207,360 --num-iter 64 --out dogs-and-otters
       torchrun --nproc_per_node 8 -m detok_pipe.pipelines.cli \\
         sample runs/mar-l -n 50000 --cfg 3.4 --out samples
     """

@@ -29,6 +29,7 @@ from detok_pipe.pipelines.trained import TrainedGenerator, TrainedTokenizer
 
 _CLASSES, _COLUMNS = 8, 8
 _SAMPLER: dict[str, Any] = {"steps": 50, "method": "euler", "clip": 5.0}
+_ITERATIONS = 64  # the published recipe's too, while it trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +157,14 @@ class _Sampler:
         classes: Sequence[int] | None = None,
     ) -> Iterator[SampleStore]:
         """A store of ``count`` samples, which is gone afterwards."""
-        folder = samples_folder(self.out) / ".drawn"
+        folder, model = samples_folder(self.out) / ".drawn", generator.model
+        options = model.used(_SAMPLER | {"iterations": min(_ITERATIONS, model.tokens)})
         processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         yield sample(
             generator,
             folder,
             count=count,
-            sampling=sampling_of(generator, **generator.model.used(_SAMPLER)),
+            sampling=sampling_of(generator, **options),
             classes=classes,
             precision=self._config.precision,
             processes=processes,

@@ -34,13 +34,14 @@ ROWS_PER_SHARD = 250
 
 
 def sampling_of(generator: TrainedGenerator, **changes: Any) -> Sampling:
-    """The generator's published sampling options with changes (None: no change).
+    """The generator's published sampling options, at a given scale, with changes (None: no change).
 
     Raises:
         ConfigError: a value out of its range.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    published = default_sampling(generator.record["config"]["generator"])
+    name, scale = generator.record["config"]["generator"], given.get("guidance_scale")
+    published = default_sampling(name, scale)
     return dataclasses.replace(published, **given)
 
 

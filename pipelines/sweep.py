@@ -52,9 +52,6 @@ MAR_SCALES = (3.0, 3.5, 3.7, 3.8, 3.9, 4.0, 4.1, 4.3, 4.5)
 FLOW_SCALES = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)
 """The published grids."""
 
-UNGUIDED_TEMPERATURE = {"mar-b": 0.95, "mar-l": 0.97}
-"""Published temperatures of samples without guidance; 1 for all others."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
@@ -132,7 +129,7 @@ def plan_for(
             MAR_SCALES if name.startswith(("mar-", "random-ar-", "raster-ar-")) else FLOW_SCALES
         )
     if unguided_temperature is None:
-        unguided_temperature = UNGUIDED_TEMPERATURE.get(name, 1.0)
+        unguided_temperature = sampling_of(generator, guidance_scale=1.0).temperature
     unguided = dataclasses.replace(sampling, guidance_scale=1.0, temperature=unguided_temperature)
     for planned in (sampling, unguided):
         generator.model.check_sampling(planned)

@@ -125,6 +125,16 @@ def test_options_without_effect_are_refused():
         model.check_sampling(Sampling(guided_channels=5))
 
 
+def test_published_sampling_options():
+    assert default_sampling("mar-b") == Sampling(guidance_scale=3.9, guidance_schedule="linear")
+    assert default_sampling("mar-l").guidance_scale == 3.4
+    for name, temperature in (("mar-b", 0.95), ("mar-l", 0.97), ("mar-h", 1.0)):
+        assert default_sampling(name, 2.0).temperature == 1.0
+        assert default_sampling(name, 1.0) == Sampling(
+            temperature=temperature, guidance_schedule="linear"
+        )
+
+
 @pytest.mark.parametrize("name", generator_names())
 def test_every_name_builds(name):
     assert sum(p.numel() for p in build(name).parameters()) > 2e7

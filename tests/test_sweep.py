@@ -137,6 +137,7 @@ def test_published_grids_and_temperatures(tmp_path: Path) -> None:
     assert mar.scales == MAR_SCALES
     assert mar.unguided.temperature == 0.95
     assert mar.unguided.guidance_scale == 1.0
+    assert mar.unguided.iterations is None
     assert mar.sampling.temperature == 1.0
 
 
