@@ -134,8 +134,10 @@ def _origin(facts: RunFacts) -> list[Block]:
     latents = {
         k: v for k, v in record.get("latents", {}).items() if k not in ("class_names", "stats")
     }
+    inputs = dict(record.get("inputs", {}))
+    identity = inputs.pop("cache_identity", {})
     return [
-        KeyValues({**record.get("inputs", {}), **{f"latents.{k}": v for k, v in latents.items()}}),
+        KeyValues({**inputs, **{f"latents.{k}": v for k, v in latents.items()}}),
         *settings(
             {
                 "All settings of the training": record.get("config", {}),
@@ -146,6 +148,7 @@ def _origin(facts: RunFacts) -> list[Block]:
                     }
                     for sweep in facts.sweeps
                 },
+                "What the cache is made of": identity,
                 "Tokenizer": record.get("tokenizer", {}),
                 "Latent statistics": record.get("latents", {}).get("stats", {}),
                 "Classes": {str(label): name for label, name in enumerate(names)},

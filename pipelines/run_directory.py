@@ -10,6 +10,7 @@ trackers/           TensorBoard's files
 import json
 import os
 import platform
+import reprlib
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from detok_pipe.latents.errors import (
     LockedError,
     MismatchError,
 )
+from detok_pipe.latents.plan import first_difference
 from detok_pipe.pipelines.checkpoints import (
     CONFIG,
     BestBy,
@@ -36,6 +38,8 @@ from detok_pipe.pipelines.checkpoints import (
 )
 
 METRICS = "metrics.jsonl"
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200  # whole paths and hashes, the beginning of long lists
 _LIBRARIES = ("detok-pipe", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -161,14 +165,16 @@ def compare_config(
         extend: allow a duration that makes more steps than the stored one.
 
     Raises:
-        MismatchError: fields that change the result differ; each is named with both values.
+        MismatchError: fields that change the result differ; each is named with both values, of
+            a group of fields the first.
     """
     longer = wanted.get("steps", 0) >= stored.get("steps", 0)
     differing, hint = [], ""
     for section in ("config", "inputs"):
         old, new = stored.get(section, {}), wanted.get(section, {})
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key) or (key == "duration" and extend and longer):
+            difference = first_difference(old.get(key), new.get(key), key)
+            if difference is None or (key == "duration" and extend and longer):
                 continue
             if key == "duration":
                 hint = (
@@ -176,7 +182,8 @@ def compare_config(
                     if longer
                     else f"; a run cannot be made shorter ({stored.get('steps')} steps there)"
                 )
-            differing.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
+            name, there, now = difference
+            differing.append(f"{name}: {_brief.repr(there)} there, {_brief.repr(now)} now")
     if differing:
         raise MismatchError(
             f"{path} was started with other settings ({'; '.join(differing)}). "
@@ -203,7 +210,8 @@ def open_run(
         path: the directory.
         kind: "tokenizer" or "generator".
         config: the resolved configuration; it must equal the stored one.
-        inputs: fingerprints of what the run reads; they must equal the stored ones.
+        inputs: fingerprints of what the run reads, or what they are made of; they must equal
+            the stored ones.
         extra: facts worth keeping with the run (class names, latent statistics, ...).
         keep: the newest so many checkpoints stay.
         keep_every: so do those of each so many steps.

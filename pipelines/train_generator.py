@@ -184,6 +184,7 @@ def train_generator(
     model = _build(config, cache)
     inputs: dict[str, Any] = {
         "cache": cache.fingerprint,
+        "cache_identity": cache.manifest.identity(),  # so that a mismatch can name the field
         "tokenizer": cache.tokenizer["fingerprint"],
     }
     facts: dict[str, Any] = {

@@ -224,5 +224,6 @@ def test_a_run_goes_on_with_the_converted_cache_and_refuses_another(tmp_path):
     train_generator(recipe(), tmp_path / "c", tmp_path / "run", QUIET, verify=True)
     train_generator(recipe(), tmp_path / "z", tmp_path / "run", QUIET)
     found, asked = (open_cache(tmp_path / name).fingerprint for name in ("c", "other"))
-    with pytest.raises(MismatchError, match=f"cache: '{found}' there, '{asked}' now"):
+    wanted = f"cache: '{found}' there, '{asked}' now; cache_identity.sources.count: 50 there, 40"
+    with pytest.raises(MismatchError, match=wanted):
         train_generator(recipe(), tmp_path / "other", tmp_path / "run", QUIET)
