@@ -97,9 +97,10 @@ class LatentCache:
                 f"{', '.join(sorted(self.manifest.arrays))}"
             )
 
-    def bytes_used(self, views: Sequence[str], fields: Sequence[str]) -> int:
-        """Bytes of the rows of some views and fields."""
-        return self.num_rows * self.manifest.row_bytes * len(views) * len(fields)
+    def bytes_used(self, arrays: Sequence[str]) -> int:
+        """Bytes of the files that hold some arrays, "view/field"."""
+        used = {extent.file for name in arrays for extent in self.manifest.arrays[name]}
+        return sum(file.bytes for file in self.manifest.files if file.path in used)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the files itself.

@@ -125,8 +125,9 @@ class LatentLoader:
             cache.check_array(view, "mean")
         if not self.views:
             raise ConfigError("no view to train on")
+        self._arrays = [f"{view}/{field}" for view in self.views for field in self._fields]
         if mode == "auto":
-            fits = cache.bytes_used(self.views, self._fields) <= memory_bytes() // 2
+            fits = cache.bytes_used(self._arrays) <= memory_bytes() // 2
             mode = "resident" if fits else "block"
         self._set_order(mode)
 
@@ -204,9 +205,8 @@ class LatentLoader:
     def _block_reads(self) -> BlockReads | None:
         if not isinstance(self._order, BlockOrder):
             return None
-        arrays = [f"{view}/{field}" for view in self.views for field in self._fields]
         reader = self.cache.reader
-        return BlockReads(reader, arrays, self._order, self._subset, self.rank, self.world)
+        return BlockReads(reader, self._arrays, self._order, self._subset, self.rank, self.world)
 
     def __iter__(self) -> Iterator[Batch]:
         with closing(self.host_batches()) as batches:
@@ -230,7 +230,7 @@ class LatentLoader:
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="latents")
         try:
             if self.mode == "resident":  # before any random read, which are slow from a disk
-                pool.submit(self.cache.reader.warm, self.rank).result()
+                pool.submit(self.cache.reader.warm, self._arrays, self.rank).result()
             while True:
                 while len(buffers) > 1:
                     waiting.append(pool.submit(buffers.pop(0).fill, ahead))

@@ -99,6 +99,7 @@ class _Array:
     """Where the rows of one array lie, in units from the beginning of the range."""
 
     def __init__(self, extents: Sequence[Extent], offsets: Sequence[int]) -> None:
+        self.files = [extent.file for extent in extents]
         self.first_rows = np.array([e.first_row for e in extents], np.int64)
         self.offsets = np.array(offsets, np.int64)
         self.strides = np.array([e.stride for e in extents], np.int64)
@@ -120,11 +121,12 @@ class RowReader:
         self._row_bytes = manifest.row_bytes
         used = {extent.file for extents in manifest.arrays.values() for extent in extents}
         files = [record for record in manifest.files if record.path in used]
-        self._files = [folder / record.path for record in files]
+        self._folder = folder
         alignment = math.lcm(_HUGE_PAGE, self._row_bytes)
         if alignment > _LARGEST_ALIGNMENT:
             alignment = math.lcm(_PAGE, self._row_bytes)
-        self._mapping = _Mapping(self._files, [record.bytes for record in files], alignment)
+        paths = [folder / record.path for record in files]
+        self._mapping = _Mapping(paths, [record.bytes for record in files], alignment)
         starts = {r.path: int(s) for r, s in zip(files, self._mapping.starts, strict=False)}
         self._arrays = {
             name: _Array(extents, [starts[e.file] + e.offset for e in extents])
@@ -202,16 +204,18 @@ class RowReader:
             # A run over a file's end, where places may be apart, is two.
             self._mapping.will_need(int(ends[0]), int(ends[1]) + self._row_bytes)
 
-    def warm(self, first_file: int = 0) -> None:
-        """Reads all files once in sequence, so that random reads find them in memory.
+    def warm(self, arrays: Sequence[str], first_file: int = 0) -> None:
+        """Reads files once in sequence, so that random reads find them in memory.
 
         Args:
+            arrays: names, "view/field"; files that hold none of them are left alone.
             first_file: where to begin: processes of one machine begin at different ones and meet
                 each other's pages.
         """
         buffer = bytearray(_WARM_BYTES)
-        number = len(self._files)
-        for i in range(number):
-            with open(self._files[(first_file + i) % number], "rb", buffering=0) as file:
+        files = sorted({path for name in arrays for path in self._arrays[name].files})
+        for i in range(len(files)):
+            path = self._folder / files[(first_file + i) % len(files)]
+            with open(path, "rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass

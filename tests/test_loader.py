@@ -56,6 +56,21 @@ def test_same_global_batches_for_any_number_of_processes(cache, mode):
                 assert torch.equal(one, many)
 
 
+@pytest.mark.parametrize("store_format", ["webdataset", "zarr"])
+def test_an_epoch_reads_only_the_files_that_it_uses(tmp_path, store_format):
+    write_cache(tmp_path / "c", plan_of(COUNT, format=store_format, rows_per_shard=16))
+    cache = open_cache(tmp_path / "c")
+    wanted = {extent.file for extent in cache.manifest.arrays["image/mean"]}
+    others = {e.file for extents in cache.manifest.arrays.values() for e in extents} - wanted
+    loader = LatentLoader(cache, 20, 3, views=("image",), sample_posterior=False, mode="resident")
+    assert cache.reader.count == COUNT  # maps the files
+    for file in others:
+        (cache.path / file).unlink()
+    rows = torch.cat([batch.rows for batch in take(loader, 5)])
+    assert sorted(rows.tolist()) == list(range(COUNT))
+    assert len(others) == (1 if store_format == "webdataset" else 3) * len(wanted)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_restart_at_any_position_and_with_other_processes(cache, mode):
     whole = take(LatentLoader(cache, 8, 3, mode=mode), 20)
