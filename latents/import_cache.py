@@ -72,6 +72,26 @@ class ForeignCache:
             "count": len(self.names),
         }
 
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w) of the first item that can be read, or (C, N).
+
+        Raises:
+            InputError: none can be, or it is of another shape.
+        """
+        reason: Exception | None = None
+        for i in range(len(self.names)):
+            try:
+                shape = self.read(i)["image/mean"].shape
+            except _BAD_FILE as error:
+                reason = reason or error
+                continue
+            if len(shape) not in (2, 3) or 0 in shape:
+                raise InputError(f"{self.path}: latents of shape {shape}; expected (C, h, w)")
+            return shape
+        raise InputError(
+            f"{self.path}: none of {len(self.names)} items can be read; first: {reason}"
+        )
+
 
 def open_foreign(path: Path | str) -> ForeignCache:
     """Recognises what lies in a folder.
@@ -129,7 +149,7 @@ def import_cache(
         MismatchError, CacheError, StorageError: see :class:`CacheWriter`.
     """
     foreign = source if isinstance(source, ForeignCache) else open_foreign(source)
-    shape = _first_shape(foreign)
+    shape = foreign.shape()
     count = len(foreign.names)
     identity = foreign.identity()
     plan = CachePlan(
@@ -190,23 +210,6 @@ def _checked(item: Item, shape: tuple[int, ...]) -> Item:
         if not np.isfinite(values).all():
             raise ValueError(f"{name} is not finite")
     return item
-
-
-def _first_shape(foreign: ForeignCache) -> tuple[int, ...]:
-    """(C, h, w) of the first item that can be read."""
-    reason: Exception | None = None
-    for i in range(len(foreign.names)):
-        try:
-            shape = foreign.read(i)["image/mean"].shape
-        except _BAD_FILE as error:
-            reason = reason or error
-            continue
-        if len(shape) not in (2, 3) or 0 in shape:
-            raise InputError(f"{foreign.path}: latents of shape {shape}; expected (C, h, w)")
-        return shape
-    raise InputError(
-        f"{foreign.path}: none of {len(foreign.names)} items can be read; first: {reason}"
-    )
 
 
 def _halves(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -180,7 +180,7 @@ def opened_images(data: Path, data_root: Path | None, max_pixels: int) -> "Image
 
 
 def given_stats(value: str | None, channels: int) -> Any:
-    """What ``--stats`` names: a word, or the statistics of a file."""
+    """What ``--stats`` names, a ``given_stats.StatsChoice`` or None."""
     if value is None or value in ("published", "dataset"):
         return value
     from detok_pipe.pipelines.given_stats import read_stats

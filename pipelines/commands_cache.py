@@ -175,6 +175,7 @@ def convert(cache: Path, out: "Place", format: Literal["webdataset", "zarr"], qu
 @target_option
 @tokenizer_option(required=False)
 @store_options
+@stats_option
 @process_options
 @quiet_option
 @click.pass_context
@@ -190,32 +191,45 @@ def import_cache(
     format: Literal["webdataset", "zarr"],
     rows_per_record: int,
     seed: int,
+    stats: str | None,
 ) -> None:
     """Make a verified cache of one that another project wrote.
 
     SOURCE is a folder of MAR's npz files, of LightningDiT's safetensors shards, or of EDM2's or
     REPA's npy files; which one is found out. --tokenizer names the encoder that made it, whose
-    identity the new cache takes: check-cache then shows whether that is true. Items that cannot
-    be read are quarantined.
+    identity the new cache takes, and the normalisation published with it: check-cache then shows
+    whether that is true. Items that cannot be read are quarantined.
 
     \b
     Example:
       detok-pipe import-cache mar-cached --tokenizer mar-vae --out cache
     """
+    from detok_pipe.latents.errors import MismatchError
     from detok_pipe.latents.import_cache import import_cache as run
     from detok_pipe.latents.import_cache import open_foreign
+    from detok_pipe.pipelines.given_stats import chosen_stats
     from detok_pipe.pipelines.progress import progress, say
     from detok_pipe.pipelines.tokenizers import open_tokenizer
 
-    identity = None if tokenizer is None else open_tokenizer(tokenizer).identity
+    encoder = None if tokenizer is None else open_tokenizer(tokenizer)
     foreign = open_foreign(source)
+    channels = foreign.shape()[0]
+    name = f"--tokenizer {tokenizer.name}" if tokenizer else "a cache without --tokenizer"
+    if encoder is not None and encoder.model.channels != channels:
+        raise MismatchError(
+            f"the latents in {source} have {channels} channels, those of {name} "
+            f"{encoder.model.channels}; name the tokenizer that made them"
+        )
     say(f"{source}: {len(foreign.names):,} items of {foreign.kind}", quiet=quiet)
     folder = out.begin(transfer_shown("fetch", quiet=quiet))
     with progress("import", total=len(foreign.names), quiet=quiet) as task:
         manifest = run(
             foreign,
             folder,
-            encoder=identity,
+            encoder=None if encoder is None else encoder.identity,
+            stats=chosen_stats(
+                given_stats(stats, channels), None if encoder is None else encoder.stats, name
+            ),
             store_format=format,
             shards=shards,
             rows_per_record=rows_per_record,

@@ -29,6 +29,7 @@ from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter
 from detok_pipe.pipelines.decode import BatchDecoder, DecodedBatch, default_threads, to_float
 from detok_pipe.pipelines.devices import compute_threads
+from detok_pipe.pipelines.given_stats import StatsChoice, chosen_stats
 from detok_pipe.pipelines.host_copies import HostCopies
 from detok_pipe.pipelines.images import ImageSource
 from detok_pipe.pipelines.progress import progress
@@ -99,7 +100,7 @@ def make_plan(
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
     threads: int | None = None,
-    stats: LatentStats | Literal["published", "dataset"] | None = None,
+    stats: StatsChoice | None = None,
 ) -> CachePlan:
     """The plan of the cache of ``source``.
 
@@ -110,20 +111,11 @@ def make_plan(
         rows_per_record: rows of a tar record or Zarr chunk.
         seed: of the order in which rows are written.
         threads: compute threads of a process on a CPU; by default as many as torch uses now.
-        stats: normalise with these, with those published with the tokenizer, or with those of
-            the whole set ("dataset"). None: the published ones where there are any, else the
-            set's.
+        stats: see `chosen_stats`.
 
     Raises:
         ConfigError: a value is out of its range, or nothing is published with the tokenizer.
     """
-    if stats == "published" and tokenizer.stats is None:
-        raise ConfigError(
-            f"no normalisation is published with {tokenizer.identity.get('name', 'the tokenizer')};"
-            " use the set's own statistics (dataset) or a file of them"
-        )
-    if stats is None or stats == "published":
-        stats = tokenizer.stats
     count = len(source)
     kind = torch.device(device).type
     settings: dict[str, Any] = {"device": kind, "max_pixels": source.max_pixels}
@@ -146,7 +138,7 @@ def make_plan(
         batch_size=batch_size,
         dtype=precision,
         settings=settings,
-        stats=None if stats == "dataset" else stats,
+        stats=chosen_stats(stats, tokenizer.stats, tokenizer.identity.get("name", "the tokenizer")),
     )
 
 

@@ -1,7 +1,8 @@
-"""Statistics to normalise latents with, from a file, ``--stats FILE``."""
+"""Statistics to normalise latents with: those of ``--stats``."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -10,6 +11,9 @@ from detok_pipe.generators.stats_import import read_channel_stats
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.manifest import MANIFEST, read_manifest
 from detok_pipe.latents.stats import LatentStats
+
+StatsChoice = LatentStats | Literal["published", "dataset"]
+"""Statistics, or the words for those published with a tokenizer and those of the whole set."""
 
 _FORMS = (
     "a cache or its manifest.json, a .safetensors file with the tensors mean and std, or a "
@@ -51,3 +55,26 @@ def read_stats(path: Path, channels: int) -> LatentStats:
     if stats.channels != channels:
         raise ConfigError(f"{path} has {stats.channels} channels, the latents {channels}")
     return stats
+
+
+def chosen_stats(
+    choice: StatsChoice | None, published: LatentStats | None, tokenizer: str
+) -> LatentStats | None:
+    """What a choice means for a tokenizer; None: the statistics of the whole set.
+
+    Args:
+        choice: None: the published ones where there are any, else the set's.
+        published: those published with the tokenizer, if any are.
+        tokenizer: its name, for the message.
+
+    Raises:
+        ConfigError: the published ones are wanted, and there are none.
+    """
+    if choice == "published" and published is None:
+        raise ConfigError(
+            f"no normalisation is published with {tokenizer}; use the set's own statistics "
+            "(dataset) or a file of them"
+        )
+    if choice is None or choice == "published":
+        return published
+    return None if choice == "dataset" else choice

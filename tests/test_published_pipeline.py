@@ -91,6 +91,32 @@ def test_statistics_of_the_set_are_a_choice(sources, images, tmp_path):
     assert open_cache(cache).stats.source == "dataset"
 
 
+def test_imported_caches_have_the_published_normalisation(sources, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    _, channels = LATENTS["mar-vae"]
+    for folder, count in (("mar", channels), ("other", channels + 1)):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        moments = rng.standard_normal((2, 2 * count, 2, 2)).astype(np.float32)
+        np.savez(tmp_path / folder / "a/0.npz", moments=moments[0], moments_flip=moments[1])
+    weights, encoded = sources["mar-vae"]
+    command = ("import-cache", tmp_path / "mar", "--quiet")
+    known = (*command, "--tokenizer", "mar-vae", "--weights", weights)
+    assert run(*known, "--out", tmp_path / "published") == 0
+    stats = open_cache(tmp_path / "published").stats
+    assert stats.source == "published"
+    assert stats.same_transform(open_cache(encoded).stats)
+    assert run(*known, "--out", tmp_path / "own", "--stats", "dataset") == 0
+    assert open_cache(tmp_path / "own").stats.source == "dataset"
+    assert run(*command, "--out", tmp_path / "given", "--stats", tmp_path / "own") == 0
+    assert open_cache(tmp_path / "given").stats.same_transform(open_cache(tmp_path / "own").stats)
+    capsys.readouterr()
+    assert run(*command, "--out", tmp_path / "no", "--stats", "published") == 2
+    assert "published with a cache without --tokenizer" in capsys.readouterr().err
+    assert run("import-cache", tmp_path / "other", *known[2:], "--out", tmp_path / "no") == 2
+    wanted = f"{channels + 1} channels, those of --tokenizer mar-vae {channels};"
+    assert wanted in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "generator"), PAIRS)
 def test_train_sample_and_score(sources, images, tmp_path, capsys, name, generator):
     weights, cache = sources[name]
