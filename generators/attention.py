@@ -84,19 +84,19 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         *,
-        queries: slice | None = None,
+        queries: tuple[int, int] | None = None,
         rope: Rope | None = None,
         causal: bool = False,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x (B, N, W) -> (B, N, W), or (B, n, W) for the n places that `queries` selects.
+        """x (B, N, W) -> (B, N, W), or (B, n, W) for `queries`, the first place and their number.
 
         With `cache`, x holds one new token a row, which attends to all cached ones and itself.
         """
         if queries is None:
             q, k, v = self._project(x, 0, 3)
         else:
-            (q,) = self._project(x[:, queries], 0, 1)
+            (q,) = self._project(x.narrow(1, *queries), 0, 1)
             k, v = self._project(x, 1, 2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

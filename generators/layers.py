@@ -130,10 +130,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = gelu_mlp(width)
 
-    def forward(self, x: Tensor, queries: slice | None = None) -> Tensor:
-        """x (B, N, W) -> (B, N, W); with `queries` only those places, (B, n, W)."""
+    def forward(self, x: Tensor, queries: tuple[int, int] | None = None) -> Tensor:
+        """x (B, N, W) -> (B, N, W), or (B, n, W) for `queries`, the first place and their number.
+
+        Numbers, not a slice: torch.compile would compile once for each slice.
+        """
         attended = self.attn(self.norm1(x), queries=queries)
-        x = (x if queries is None else x[:, queries]) + attended
+        x = (x if queries is None else x.narrow(1, *queries)) + attended
         return x + self.mlp(self.norm2(x))
 
 

@@ -134,7 +134,7 @@ class MAR(TokenGenerator):
         x = torch.cat((self.decoder_embed(encoded), masked), dim=1) + positions
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, queries=slice(seen, seen + wanted))
+        x = self.decoder_blocks[-1](x, queries=(seen, wanted))
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0][places]
 
     def loss(self, z: Tensor, condition: Tensor, noise: AnyNoise) -> Tensor:
