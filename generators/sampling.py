@@ -57,8 +57,8 @@ class Sampling:
             )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature: must be 0 or more, got {self.temperature}")
-        if self.clip is not None and not self.clip > 0:
-            raise ConfigError(f"clip: must be more than 0, or left out, got {self.clip}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ConfigError(f"clip: must be more than 0 and finite, or left out, got {self.clip}")
         for name in ("guided_channels", "steps", "iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -48,7 +48,7 @@ def import_checkpoint(
     sides = None
     if grid is not None:
         parts = grid.lower().split("x")
-        if not all(part.isdigit() and int(part) for part in parts):
+        if not all(part.isdecimal() and int(part) for part in parts):
             raise ConfigError(f"--grid {grid}: write it as 16x16, or as 128 for a sequence")
         sides = tuple(int(part) for part in parts)
     run(file, name, out, overrides=overrides, stats=stats, tokenizer=tokenizer, grid=sides)

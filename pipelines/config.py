@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -38,7 +38,7 @@ def duration_in_steps(duration: str, *, images: int, global_batch: int, least: i
     Epochs and images are rounded up to whole global batches, so no image is left out.
 
     Raises:
-        ConfigError: the text is no duration.
+        ConfigError: the text is no duration, or one without end.
     """
     match = _DURATION.fullmatch(duration)
     if match is None:
@@ -48,7 +48,9 @@ def duration_in_steps(duration: str, *, images: int, global_batch: int, least: i
         )
     amount = float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
     per_unit = {"step": 1.0, "image": 1 / global_batch, "epoch": images / global_batch}[match[3]]
-    return max(least, math.ceil(amount * per_unit - 1e-9))
+    steps = amount * per_unit
+    _check(math.isfinite(steps), f"duration {duration!r} is no finite number of steps")
+    return max(least, math.ceil(steps - 1e-9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,11 @@ def _check_recipe(config: TokenizerConfig | GeneratorConfig) -> None:
     _check(config.seed >= 0, f"seed must not be negative, and is {config.seed}")
     _check(0 <= config.warmup <= 1, f"warmup is a share of the steps, and is {config.warmup}")
     duration_in_steps(config.duration, images=1, global_batch=1)
+    for name, value in vars(config).items():
+        try:
+            json.dumps(value, allow_nan=False)  # as the run's config.json will be written
+        except ValueError:
+            raise ConfigError(f"{name} must be finite, and is {value}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,27 +267,34 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--set {override!r}: write it as key=value")
         if name not in hints:
             raise unknown_name(f"{type(config).__name__} key", name, list(hints))
+        value = _parse(text)
         if dot:
-            value = {**changes.get(name, getattr(config, name)), entry: _parse(text)}
-        else:
-            value = _parse(text)
+            current = changes.get(name, getattr(config, name))
+            if not isinstance(current, Mapping):
+                raise ConfigError(
+                    f"--set {override}: {name} has no named entries; write it as {name}=value"
+                )
+            value = {**current, entry: value}
         changes[name] = _validated(hints[name], value, text, f"--set {override}")
     return dataclasses.replace(config, **changes)
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON, a list where there are commas, else the text itself."""
+    """JSON where it is JSON that Python can hold, else the text itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _validated(hint: Any, value: Any, text: str, where: str) -> Any:
-    """``value`` as ``hint`` wants it; the raw text and its comma parts are tried in turn."""
+    """``value`` as ``hint`` wants it; else the raw text, or its comma parts where it is no JSON."""
     adapter = pydantic.TypeAdapter(hint)
     failure: pydantic.ValidationError | None = None
-    for candidate in (value, text, [part.strip() for part in text.split(",")]):
+    candidates = [value, text]
+    if value == text or isinstance(value, int | float):  # a class may be called 12
+        candidates.append([part.strip() for part in text.split(",")])
+    for candidate in candidates:
         try:
             return adapter.validate_python(candidate)
         except pydantic.ValidationError as error:

@@ -51,6 +51,13 @@ def test_overrides_reach_into_the_model_and_accept_none():
         ("betas=0.9,1.5", ["betas", "1.5"]),
         ("clip=0", ["clip", "null"]),
         ("seed=-1", ["seed", "-1"]),
+        ("seed=" + "9" * 5000, ["seed", "integer"]),
+        ("duration=1e9999 steps", ["duration", "1e9999", "finite"]),
+        ("adversarial_start=1e9999 steps", ["duration", "1e9999", "finite"]),
+        ("base_lr=inf", ["base_lr", "finite", "inf"]),
+        ("weight_decay=Infinity", ["weight_decay", "finite", "inf"]),
+        ("betas.0=0.9", ["betas", "entries", "betas=value"]),
+        ("gamma.x=3", ["gamma", "entries", "gamma=value"]),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, words):
@@ -59,9 +66,26 @@ def test_a_wrong_override_says_what_is_wrong(override, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_limit_that_leaves_nothing_is_refused():
-    with pytest.raises(ConfigError, match="limit must be positive, and is -5"):
-        with_overrides(GeneratorConfig(), ["limit=-5"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("limit=-5", "limit must be positive, and is -5"),
+        ("classes=[1,2]", "valid string"),
+        ("model.dropout=NaN", "model must be finite"),
+        ("model=" + "[" * 100_000, "valid dictionary"),
+    ],
+)
+def test_a_wrong_override_of_a_generator_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(GeneratorConfig(), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [("a, b", ("a", "b")), ('["a, b"]', ("a, b",)), ("1,2", ("1", "2")), ("12", ("12",))],
+)
+def test_lists_are_json_or_have_commas(text, classes):
+    assert with_overrides(GeneratorConfig(), [f"classes={text}"]).classes == classes
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,8 @@ def test_guidance_on_some_channels():
         ({"guidance_interval": (0.5, 0.1)}, "low <= high"),
         ({"temperature": -0.1}, "temperature"),
         ({"clip": 0.0}, "clip"),
+        ({"clip": math.inf}, "clip"),
+        ({"clip": math.nan}, "clip"),
         ({"steps": 0}, "steps"),
         ({"iterations": 0}, "iterations"),
         ({"guided_channels": 0}, "guided_channels"),

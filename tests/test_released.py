@@ -9,6 +9,7 @@ from baseline_making import write_small
 
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
+from detok_pipe.pipelines.cli import main
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.released import export_checkpoint, import_checkpoint
 from detok_pipe.pipelines.trained import load_generator, load_tokenizer
@@ -92,6 +93,15 @@ def test_a_wrong_file_or_name_says_so_and_leaves_nothing(released, tmp_path, fil
         import_checkpoint(released / file, name, tmp_path / "out", overrides=TOKENIZER)
     assert all(word in str(error.value) for word in words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("grid", ["16x²", "16x", "0x4", "-4"])
+def test_a_grid_that_is_none_is_refused(released, tmp_path, capsys, grid):
+    file, out = str(released / "mar.pth"), str(tmp_path / "out")
+    with pytest.raises(SystemExit) as stopped:
+        main(["import-checkpoint", file, "--as", "mar-b", "--out", out, "--grid", grid])
+    assert stopped.value.code == 2
+    assert f"--grid {grid}: write it as 16x16" in capsys.readouterr().err
 
 
 def test_a_generator_needs_its_tokenizer_and_one_that_fits(released, tmp_path):
