@@ -12,7 +12,7 @@ def inception_score(
 ) -> tuple[float, float]:
     """exp(mean KL(p(y|x) || p(y))) over splits, as torch-fidelity computes it.
 
-    The samples are shuffled with ``seed`` first, because stores are ordered by class.
+    The samples are shuffled with ``seed`` first, as there.
 
     Args:
         logits: (N, K).

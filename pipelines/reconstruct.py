@@ -87,18 +87,19 @@ class _Share:
     def __init__(self) -> None:
         self.pairs = ReconstructionMetrics()
         self.real, self.fake = FeatureMoments(), FeatureMoments()
-        self.logits: list[np.ndarray] = []
+        self.logits: dict[int, np.ndarray] = {}  # by number in the source
         self.lpips_sum = 0.0
         self.unreadable: list[str] = []
 
     def add(
         self,
+        numbers: np.ndarray,
         images: Tensor,
         rebuilt: Tensor,
         extractor: FeatureExtractor | None,
         lpips: nn.Module | None,
     ) -> None:
-        """Add pairs of uint8 images (B, 3, H, W)."""
+        """Add pairs of uint8 images (B, 3, H, W), numbered in the source (B,)."""
         self.pairs.update(images, rebuilt)
         if lpips is not None:
             self.lpips_sum += lpips(rebuilt / 255, images / 255).item() * len(images)
@@ -107,14 +108,16 @@ class _Share:
             found = extractor(rebuilt)
             self.fake.update(found["features"].cpu().numpy())
             if found["logits"] is not None:
-                self.logits.append(found["logits"].cpu().numpy())
+                self.logits.update(
+                    zip(numbers.tolist(), found["logits"].cpu().numpy(), strict=True)
+                )
 
     def merge(self, other: "_Share") -> None:
         """Add what another process measured."""
         self.pairs.merge(other.pairs)
         self.real.merge(other.real)
         self.fake.merge(other.fake)
-        self.logits += other.logits
+        self.logits |= other.logits
         self.lpips_sum += other.lpips_sum
         self.unreadable += other.unreadable
 
@@ -206,7 +209,8 @@ def evaluate_tokenizer(
             if len(pixels):
                 rebuilt = rebuild(model, to_float(pixels, device), bf16=bf16)
                 original = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(rebuilt.device)
-                share.add(original, rebuilt, extractor, lpips)
+                numbers = np.delete(batch.indices, sorted(batch.unreadable))
+                share.add(numbers, original, rebuilt, extractor, lpips)
             task.advance(len(batch.indices))
     first, *others = gather_object([share]) if world > 1 else [share]
     for other in others:
@@ -234,7 +238,8 @@ def _scores(
         scores[f"r{extractor.name}"] = reference.distance(share.fake.finish())
         scores["feature dimensions"] = extractor.dimensions
         if share.logits and pairs["count"] >= _INCEPTION_SPLITS:
-            logits = np.concatenate(share.logits)
+            # In the source's order, since the score splits them.
+            logits = np.stack([share.logits[number] for number in sorted(share.logits)])
             scores["is"], scores["is std"] = inception_score(logits, splits=_INCEPTION_SPLITS)
     return scores
 

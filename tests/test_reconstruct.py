@@ -123,7 +123,7 @@ def test_shares_of_processes_add_up(source: ImageSource, monkeypatch) -> None:
     evaluate_tokenizer(Quantiser(3), source, accelerator=Process(1), **arguments)
     both = evaluate_tokenizer(Quantiser(3), source, accelerator=Process(0), **arguments)
     alone = evaluate_tokenizer(Quantiser(3), source, **arguments)
-    for name in ("images", "psnr", "ssim", "rFD-mean"):
+    for name in ("images", "psnr", "ssim", "rFD-mean", "is", "is std"):
         assert both[name] == pytest.approx(alone[name])
 
 
