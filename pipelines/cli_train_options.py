@@ -114,14 +114,18 @@ def execution(values: dict[str, Any]) -> Any:
     return Execution(**{k: v for k, v in values.items() if k in known} | {"trackers": trackers})
 
 
-def resolved(preset: Callable[[str], Any], name: str, values: dict[str, Any]) -> Any:
-    """The configuration of the preset ``name`` with ``--set`` and ``--seed`` applied."""
+def resolved(
+    preset: Callable[[str], Any], name: str, values: dict[str, Any], **own: str | None
+) -> Any:
+    """The configuration of the preset ``name`` with ``--set`` and ``--seed`` applied.
+
+    ``own`` are other settings that have an option of their own; None: not given.
+    """
     from detok_pipe.pipelines.config import with_overrides
 
-    overrides = list(values["overrides"])
-    if values["seed"] is not None:
-        overrides.append(f"seed={values['seed']}")
-    return with_overrides(preset(name), overrides)
+    own = {"seed": values["seed"], **own}
+    given = [f"{key}={value}" for key, value in own.items() if value is not None]
+    return with_overrides(preset(name), [*values["overrides"], *given])
 
 
 def print_plan(config: Any, facts: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,15 +15,17 @@ from detok_pipe.pipelines.cli_options import (
     device_option,
     out_option,
     quiet_option,
+    together,
     tokenizer_argument,
 )
-from detok_pipe.pipelines.cli_score_options import open_processes, together
+from detok_pipe.pipelines.cli_score_options import open_processes
 from detok_pipe.pipelines.cli_train_options import (
     execution,
     execution_options,
     print_plan,
     resolved,
 )
+from detok_pipe.pipelines.config import Perceptual
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
 PICTURE_SIDE = 128
@@ -90,6 +92,12 @@ measure_options = together(
 )
 @click.option("--val-limit", type=click.IntRange(2), help="Score only so many of them.")
 @click.option(
+    "--perceptual",
+    type=click.Choice(get_args(Perceptual)),
+    help="Networks of the perceptual loss; the presets' is lpips+convnext. Same as "
+    "--set perceptual=NAME.",
+)
+@click.option(
     "--eval-every",
     type=click.IntRange(1),
     default=5000,
@@ -110,6 +118,7 @@ def train_tok(
     resolution: int | None,
     lpips: bool,
     weights_dir: Path | None,
+    perceptual: Perceptual | None,
     **values: Any,
 ) -> None:
     """Train the l-DeTok tokenizer of PRESET on images.
@@ -138,7 +147,8 @@ def train_tok(
                 f"--set {override}: the network is that of --finetune-decoder {finetune}; "
                 "leave it out"
             )
-    config = with_network_of(resolved(tokenizer_preset, preset, values), finetune)
+    config = resolved(tokenizer_preset, preset, values, perceptual=perceptual)
+    config = with_network_of(config, finetune)
     if values["dry_run"]:
         print_plan(config, describe(config, open_images(data)))
         return

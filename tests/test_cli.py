@@ -121,12 +121,12 @@ def test_the_same_command_again_ends_at_once_and_a_changed_one_names_the_change(
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(runs, images, tmp_path, capsys):
     out = tmp_path / "run"
-    code, text, _ = run(
-        capsys, "train-tok", "detok-bb", "--data", images, "--out", out, "--dry-run"
-    )
+    command = ("train-tok", "detok-bb", "--data", images, "--out", out, "--dry-run")
+    code, text, _ = run(capsys, *command, "--perceptual", "none", "--seed", 3)
     assert code == 0
     plan = json.loads(text)
     assert plan["parameters"] == 171_712_628
+    assert (plan["config"]["perceptual"], plan["config"]["seed"]) == ("none", 3)
     code, text, _ = run(
         capsys, "train-gen", "mar-b", "--latents", runs / "cache", "--out", out, "--dry-run"
     )
@@ -184,7 +184,7 @@ def test_missing_weights_name_the_places_and_the_alternatives(images, tmp_path, 
     )
     assert code == 2
     assert "vgg16-397923af.pth" in err
-    assert "perceptual=efficientnet-lite2" in err
+    assert "--perceptual efficientnet-lite2" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
