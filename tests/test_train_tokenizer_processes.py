@@ -1,5 +1,6 @@
 """The tokenizer's trainer in real processes: how many there are changes nothing but rounding."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from image_making import random_images
@@ -25,6 +27,25 @@ SETTINGS = (
 )
 ADVERSARY = ("adversarial_start=4 steps",)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+CLI = ("-m", "detok_pipe.pipelines.cli")
+# The command line, but for a training that stands still after two checkpoints: however late a kill
+# comes, it comes before the end.
+HELD = """
+import itertools, time
+from detok_pipe.pipelines.cli import main
+from detok_pipe.pipelines.run_directory import RunDirectory
+
+save, saved = RunDirectory.save_checkpoint, itertools.count(1)
+
+def save_and_hold(self, *arguments, **more):
+    path = save(self, *arguments, **more)
+    if next(saved) == 2:
+        time.sleep(600)
+    return path
+
+RunDirectory.save_checkpoint = save_and_hold
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +53,23 @@ def images(tmp_path_factory) -> Path:
     return random_images(tmp_path_factory.mktemp("images"), 21)
 
 
-def command(images: Path, out: Path, processes: int, settings: tuple[str, ...]) -> list[str]:
-    launcher = [sys.executable]
+def command(
+    images: Path,
+    out: Path,
+    processes: int,
+    settings: tuple[str, ...],
+    program: tuple[str, str] = CLI,
+) -> list[str]:
+    launcher = []
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+        launcher += ["--nproc_per_node", str(processes)]
     arguments = ["train-tok", "detok-sb", "--data", images, "--out", out, "--device", "cpu"]
     arguments += ["--checkpoint-every", 4, "--log-every", 2, "--quiet"]
     arguments += ["--val-data", images, "--eval-every", 12, "--features", "none"]
     for value in (*SETTINGS, *settings):
         arguments += ["--set", value]
-    return [*launcher, "-m", "detok_pipe.pipelines.cli", *map(str, arguments)]
+    return [*launcher, sys.executable, *program, *map(str, arguments)]
 
 
 def train(images: Path, out: Path, processes: int = 1, settings: tuple[str, ...] = ()) -> None:
@@ -57,19 +85,21 @@ def train(images: Path, out: Path, processes: int = 1, settings: tuple[str, ...]
 
 def killed(images: Path, out: Path, processes: int, settings: tuple[str, ...], seed: int) -> None:
     """Start a training, and kill all its processes a moment after a checkpoint appears."""
-    started = subprocess.Popen(
-        command(images, out, processes, settings),
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    first = len(checkpoints(out))
-    while started.poll() is None and len(checkpoints(out)) == first:
+    before = checkpoints(out)
+    held = command(images, out, processes, settings, ("-c", HELD))
+    started = psutil.Popen(held, env=ENVIRONMENT)
+    while started.poll() is None and checkpoints(out) <= before:
         time.sleep(0.002)
     time.sleep(random.Random(seed).uniform(0, 0.1))
-    if started.poll() is None:
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    # One by one: torchrun starts its processes in sessions, and so in groups, of their own.
+    family = [started, *started.children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=10)
+    assert started.returncode == -signal.SIGKILL
+    assert len(family) >= processes + (processes > 1), "there were no workers to kill"
+    assert max(checkpoints(out)).name < f"step-{STEPS:08d}"
 
 
 def checkpoints(out: Path) -> set[Path]:
