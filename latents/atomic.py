@@ -147,6 +147,22 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             raise
 
 
+def remove_folder(path: Path | str) -> None:
+    """Removes a folder: by a rename first, so that readers find it whole or not at all.
+
+    What cannot be deleted (files that others hold open, on some network file systems) stays as a
+    temporary.
+
+    Raises:
+        StorageError: the disk is read-only, or not permitted.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        old = _temporary(path)
+        os.replace(path, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def write_pieces(path: Path | str, pieces: Iterable[Piece]) -> None:
     """Writes a file whole (see :func:`atomic_file`), its pieces one behind the other: they need
     not be copied together first, which costs as much as writing them."""

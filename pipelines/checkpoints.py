@@ -5,9 +5,10 @@
         config.json         a copy of the run's: a checkpoint tells by itself what it is
         checkpoint.json     written last: step, progress, metrics, size and crc32c of each file
 
-A checkpoint appears by one rename. Of the checkpoints stay the newest few, those of every n-th
-step, and the best by loss or score, as asked for (see :func:`remove_checkpoints`). One that does
-not match its checksums is passed over with a warning and the one before it is used.
+A checkpoint appears and goes by one rename, so a run can be read while it trains. Of the
+checkpoints stay the newest few, those of every n-th step, and the best by loss or score, as asked
+for (see :func:`remove_checkpoints`). One that does not match its checksums is passed over with a
+warning and the one before it is used.
 """
 
 import json
@@ -45,12 +46,17 @@ class Checkpoint:
         """The tensors of ``<name>.safetensors``, on the CPU.
 
         Raises:
-            CheckpointError: the file is missing or cut short.
+            CheckpointError: the file is missing or cut short, or the checkpoint has been removed.
         """
         file = self.path / f"{name}.safetensors"
         try:
             return load_file(file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch maps files, too
+            if not self.path.exists():
+                raise CheckpointError(
+                    f"{self.path} was removed before it was loaded, as its run goes on training; "
+                    "run the same command again"
+                ) from error
             raise CheckpointError(
                 f"{file} cannot be read ({error}); use another checkpoint"
             ) from error
@@ -59,21 +65,21 @@ class Checkpoint:
 def _verified(path: Path) -> Checkpoint:
     """Open one checkpoint, checking each file's size and checksum."""
     try:
-        record = json.loads((path / _CHECKPOINT).read_text())
+        record = json.loads((path / _CHECKPOINT).read_bytes())
         sums = {name: (file["size"], file["crc32c"]) for name, file in record["files"].items()}
         checkpoint = Checkpoint(path, record["step"], record["progress"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / _CHECKPOINT} is missing or damaged") from error
     for name, (size, crc32c) in sums.items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes where {size} were written"
-            )
-        if atomic.crc32c_file(file) != crc32c:
-            raise CheckpointError(f"{file} does not match its checksum")
+        try:
+            found = file.stat().st_size
+            if found != size:
+                raise CheckpointError(f"{file} has {found} bytes where {size} were written")
+            if atomic.crc32c_file(file) != crc32c:
+                raise CheckpointError(f"{file} does not match its checksum")
+        except OSError as error:
+            raise CheckpointError(f"{file} is missing or cannot be read: {error}") from error
     return checkpoint
 
 
@@ -90,7 +96,7 @@ def checkpoint_step(path: Path) -> int:
 def checkpoint_metrics(path: Path) -> dict[str, float]:
     """What was measured when a checkpoint was written; nothing where that cannot be read."""
     try:
-        return json.loads((path / _CHECKPOINT).read_text())["metrics"]
+        return json.loads((path / _CHECKPOINT).read_bytes())["metrics"]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
@@ -103,6 +109,8 @@ def score_of(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
 def latest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
+    The run may be in training: of a checkpoint that is removed meanwhile, there is a newer one.
+
     Args:
         run: a run directory, or one checkpoint's folder, which is then the one.
 
@@ -111,17 +119,18 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
     """
     if (run / _CHECKPOINT).exists():
         return _verified(run)
-    paths = checkpoint_paths(run)
-    failure: CheckpointError | None = None
-    for path in reversed(paths):
+    damaged: dict[Path, CheckpointError] = {}
+    while paths := [path for path in checkpoint_paths(run) if path not in damaged]:
         try:
-            return _verified(path)
+            return _verified(paths[-1])
         except CheckpointError as error:
-            failure = error
-            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
-    if failure is not None:
+            if paths[-1] in checkpoint_paths(run):
+                damaged[paths[-1]] = error
+                warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+    if damaged:
+        oldest = next(reversed(damaged.values()))
         raise CheckpointError(
-            f"no checkpoint of {run} is whole ({failure}); "
+            f"no checkpoint of {run} is whole ({oldest}); "
             f"remove {run / 'checkpoints'} to start anew"
         )
     return None
@@ -173,26 +182,37 @@ def remove_checkpoints(
             the run went on, and must not take its place.
         keep: the newest so many stay. keep_every: so do those of each so many steps.
         keep_best: so does the one with the lowest loss or Fréchet distance.
+
+    Raises:
+        StorageError: the disk is read-only.
     """
     for path in checkpoint_paths(run):
         if checkpoint_step(path) > written:
-            shutil.rmtree(path)
+            atomic.remove_folder(path)
     best = _best(run, keep_best) if keep_best is not None else None
     for path in checkpoint_paths(run)[:-keep]:
         every_nth = keep_every and checkpoint_step(path) % keep_every == 0
         if not every_nth and path != best:
-            shutil.rmtree(path)
+            atomic.remove_folder(path)
 
 
 def _best(run: Path, by: BestBy) -> Path | None:
-    """The checkpoint with the lowest loss or score, the newer one of two that are equal."""
-    values = []
+    """The checkpoint with the lowest loss or score, the newer one of two that are equal.
+
+    Scores are those of the network that scored last; others' are not comparable.
+    """
+    found = []
     for path in checkpoint_paths(run):
         metrics = checkpoint_metrics(path)
-        score = score_of(metrics)
-        value = metrics.get("loss") if by == "loss" else score and score[1]
-        if value is not None:
-            values.append((value, -checkpoint_step(path), path))
+        if by == "score":
+            measured = score_of(metrics)
+        else:
+            measured = ("loss", metrics["loss"]) if "loss" in metrics else None
+        if measured is not None:
+            found.append((*measured, path))
+    values = [
+        (value, -checkpoint_step(path), path) for name, value, path in found if name == found[-1][0]
+    ]
     return min(values)[2] if values else None
 
 

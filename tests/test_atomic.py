@@ -119,6 +119,25 @@ def test_kill_leaves_only_a_temporary(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_goes_at_once_and_what_cannot_be_deleted_stays_as_a_temporary(
+    tmp_path, monkeypatch
+):
+    def busy(*_, **__):
+        raise OSError(errno.EBUSY, "held open")
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    atomic.remove_folder(tmp_path / "first")
+    assert names(tmp_path) == ["second"]
+    monkeypatch.setattr(os, "unlink", busy)
+    atomic.remove_folder(tmp_path / "second")
+    monkeypatch.undo()
+    assert [name[:5] for name in names(tmp_path)] == [atomic.TEMPORARY_PREFIX]
+    atomic.remove_temporaries(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_a_dangling_link_as_target_is_a_storage_error(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StorageError, match="a link that leads nowhere"):

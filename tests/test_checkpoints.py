@@ -1,6 +1,9 @@
+import threading
+
 import pytest
 import torch
 
+from detok_pipe.latents import atomic
 from detok_pipe.latents.errors import CheckpointError
 from detok_pipe.pipelines.checkpoints import (
     checkpoint_paths,
@@ -12,14 +15,13 @@ from detok_pipe.pipelines.checkpoints import (
 )
 
 
-def write(run, *steps, loss=None):
+def write(run, *steps, metrics=lambda step: {}):
     """Checkpoints of the steps, in a folder that has a configuration as runs do."""
     run.mkdir(exist_ok=True)
     (run / "config.json").write_text("{}")
     for step in steps:
         tensors = {"model": {"w": torch.full((3,), float(step))}}
-        metrics = {} if loss is None else {"loss": loss(step)}
-        write_checkpoint(run, step, tensors, {"p": step}, metrics)
+        write_checkpoint(run, step, tensors, {"p": step}, metrics(step))
     return run
 
 
@@ -77,9 +79,61 @@ def test_no_whole_checkpoint_is_an_error(tmp_path):
     ],
 )
 def test_checkpoints_stay_by_the_rule(tmp_path, rule, stay):
-    run = write(tmp_path / "run", *range(1, 7), loss=lambda step: abs(step - 3))
+    run = write(tmp_path / "run", *range(1, 7), metrics=lambda step: {"loss": abs(step - 3)})
     remove_checkpoints(run, 6, *rule)
     assert steps_of(run) == stay
+    names = [path.name for path in (run / "checkpoints").iterdir()]
+    assert sorted(names) == [f"step-{step:08d}" for step in stay]
+
+
+def test_the_best_score_is_that_of_the_network_used_last(tmp_path):
+    scores = [{"FD-EffLite2@128": 1.0}, {"FID": 8.0}, {"FID": 9.0}, {}, {}]
+    run = write(tmp_path / "run", *range(1, 6), metrics=lambda step: scores[step - 1])
+    remove_checkpoints(run, 5, 1, None, "score")
+    assert steps_of(run) == [2, 5]
+
+
+def test_a_run_can_be_read_while_it_trains(tmp_path, recwarn):
+    run = write(tmp_path / "run", 1)
+
+    def train():
+        for step in range(2, 150):
+            write(run, step)
+            remove_checkpoints(run, step, 1, None, None)
+
+    training = threading.Thread(target=train)
+    training.start()
+    seen = [1]
+    while training.is_alive():
+        seen.append(latest_checkpoint(run).step)
+    training.join()
+    assert seen == sorted(seen)
+    assert not recwarn.list
+
+
+def test_a_checkpoint_that_goes_while_it_is_checked_gives_way_to_a_newer_one(
+    tmp_path, monkeypatch, recwarn
+):
+    run = write(tmp_path / "run", 1)
+
+    def overtaken(file):
+        monkeypatch.undo()
+        write(run, 2)
+        remove_checkpoints(run, 2, 1, None, None)
+        return atomic.crc32c_file(file)
+
+    monkeypatch.setattr(atomic, "crc32c_file", overtaken)
+    assert latest_checkpoint(run).step == 2
+    assert not recwarn.list
+
+
+def test_a_checkpoint_that_goes_before_it_is_loaded_says_so(tmp_path):
+    run = write(tmp_path / "run", 1)
+    checkpoint = latest_checkpoint(run)
+    write(run, 2)
+    remove_checkpoints(run, 2, 1, None, None)
+    with pytest.raises(CheckpointError, match=r"removed .* run the same command again"):
+        checkpoint.tensors("model")
 
 
 def test_a_damaged_newer_checkpoint_does_not_take_the_place_of_a_new_one(tmp_path):
