@@ -1,13 +1,12 @@
 """Small networks with the names and file forms of the published tokenizers, for tests."""
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from golden_making import rule_weight
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,15 +60,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vq_std": 0.5,
     },
 }
-
-
-def rule_weight(key: str, shape: Sequence[int]) -> Tensor:
-    """A golden file's weight: it follows from its name."""
-    rng = np.random.default_rng(zlib.crc32(f"weight/{key}".encode()))
-    value = rng.standard_normal(tuple(shape)) * 0.05
-    if key.endswith("weight") and len(shape) == 1:
-        value = value + 1.0
-    return torch.from_numpy(value.astype(np.float32))
 
 
 def latent_diffusion_shapes(

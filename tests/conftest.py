@@ -1,13 +1,23 @@
 """Fixtures that several modules' tests share; golden files' weights and noise follow a rule."""
 
 import os
+import signal
 import subprocess
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from golden_making import rule_weight
 from image_making import random_images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usual_sigterm():
+    """The command line, which tests call here, sets its own handler for the rest of a process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +29,8 @@ def golden_weights():
 
     def fill(model, keep=("rope.",)):
         state = model.state_dict()
-        for key, old in state.items():
-            if key.startswith(keep):
-                continue
-            rng = np.random.default_rng(zlib.crc32(f"weight/{key}".encode()))
-            new = rng.standard_normal(tuple(old.shape)) * 0.05
-            if key.endswith("weight") and new.ndim == 1:
-                new = new + 1.0
-            state[key] = torch.from_numpy(new.astype(np.float32))
-        model.load_state_dict(state)
+        filled = {k: v if k.startswith(keep) else rule_weight(k, v.shape) for k, v in state.items()}
+        model.load_state_dict(filled)
         return model.eval()
 
     return fill
@@ -66,7 +69,8 @@ def small_disk(tmp_path):
     if os.name != "posix" or os.geteuid() != 0 or not mount("size=4k"):
         pytest.skip("mounting a tmpfs needs root")
     yield path, mount
-    subprocess.run(["umount", str(path)], check=True)
+    # Lazily: a file that a failed test left open or mapped is no second failure.
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

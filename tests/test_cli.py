@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detok_pipe.pipelines.cli import COMMANDS, main
@@ -172,10 +173,10 @@ def test_bad_input_is_one_clear_error(runs, images, tmp_path, capsys):
         assert all(word in err for word in words), (arguments, words, err)
 
 
-def test_missing_weights_name_the_places_and_the_alternatives(images, tmp_path, capsys):
-    import torch
-
-    torch.hub.set_dir(tmp_path / "hub")
+def test_missing_weights_name_the_places_and_the_alternatives(
+    images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     overrides = [value for value in TINY_TOKENIZER if not value.startswith("perceptual")]
     code, _, err = run(
         capsys,

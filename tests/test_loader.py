@@ -212,8 +212,9 @@ def test_a_file_cut_short_while_in_use_ends_the_process_and_says_where(tmp_path)
     """Nothing can be raised there: the system stops whoever touches a page that is gone."""
     write_cache(tmp_path / "c")
     code = """if True:
-        import faulthandler, pathlib, sys
+        import faulthandler, resource, sys
         from detok_pipe.latents.cache import open_cache
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # this death needs no core dump
         faulthandler.enable()  # as the command line does
         cache = open_cache(sys.argv[1])
         cache.rows([0])
@@ -222,7 +223,8 @@ def test_a_file_cut_short_while_in_use_ends_the_process_and_says_where(tmp_path)
         cache.rows(range(cache.num_rows))
         print("went on")
     """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c"], capture_output=True)
+    command = [sys.executable, "-c", code, tmp_path / "c"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert done.returncode == -signal.SIGBUS
     assert b"Bus error" in done.stderr
     assert b"row_reader.py" in done.stderr

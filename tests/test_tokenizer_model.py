@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from detok_pipe.latents.errors import ConfigError, MismatchError
 from detok_pipe.latents.noise import Noise, ReplayNoise
@@ -42,20 +41,12 @@ def noise(rows: int = 2, seed: int = 0, step: int = 0) -> Noise:
     return Noise(seed, range(rows), step=step)
 
 
-def fill_by_rule(model: nn.Module) -> None:
-    """The weights of the golden files: each a function of its key."""
-    state = {}
-    for key, value in model.state_dict().items():
-        generator = np.random.default_rng(zlib.crc32(f"weight/{key}".encode()))
-        weight = generator.standard_normal(tuple(value.shape)) * 0.05
-        offset = 1.0 if key.endswith("weight") and value.ndim == 1 else 0.0
-        state[key] = torch.from_numpy((weight + offset).astype(np.float32))
-    model.load_state_dict(state)
+@pytest.fixture
+def golden_model(golden_weights) -> LDeTok:
+    return golden_weights(LDeTok(image_size=64, channels=4, encoder="64,2,4", decoder="64,2,4"))
 
 
-def check_golden(golden: dict[str, Tensor], stride: int) -> None:
-    model = LDeTok(image_size=64, channels=4, encoder="64,2,4", decoder="64,2,4")
-    fill_by_rule(model)
+def check_golden(model: LDeTok, golden: dict[str, Tensor], stride: int) -> None:
     images = golden["image"]
     replay = ReplayNoise(len(images), named={"mask_tokens": golden["mask_uniform"]})
     with torch.no_grad():
@@ -73,17 +64,17 @@ def check_golden(golden: dict[str, Tensor], stride: int) -> None:
     )
 
 
-def test_published_numbers() -> None:
+def test_published_numbers(golden_model) -> None:
     with np.load(SHORT) as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files}
-    check_golden(golden, stride=3)
+    check_golden(golden_model, golden, stride=3)
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="reference files are not here")
-def test_published_numbers_in_full() -> None:
+def test_published_numbers_in_full(golden_model) -> None:
     with np.load(REFERENCE / "golden" / "detok.npz") as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files}
-    check_golden(golden, stride=1)
+    check_golden(golden_model, golden, stride=1)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -209,9 +200,8 @@ def test_every_parameter_gets_a_gradient(recipe: dict[str, float]) -> None:
     assert model.decoder.mask_token.grad is not None
 
 
-def test_autocast_stays_close_and_keeps_the_posterior_in_fp32() -> None:
-    model, images = tiny(), torch.rand(2, 3, 32, 32)
-    fill_by_rule(model)
+def test_autocast_stays_close_and_keeps_the_posterior_in_fp32(golden_weights) -> None:
+    model, images = golden_weights(tiny()), torch.rand(2, 3, 32, 32)
     recipe = {"gamma": 1.0, "mask_ratio": 0.5, "mask_kind": "constant"}
     exact = model(images, noise(), **recipe)
     with torch.autocast("cpu", torch.bfloat16):
