@@ -12,9 +12,8 @@ from detok_pipe.evaluation.frechet import FeatureStats
 from detok_pipe.evaluation.reference import write_reference
 from detok_pipe.evaluation.weights import INCEPTION
 from detok_pipe.latents.sample_store import open_sample_store
-from detok_pipe.pipelines.cli import COMMANDS, main
+from detok_pipe.pipelines.cli import main
 
-MODULES = ("commands_score", "commands_images")
 NETWORK = ("--features", "efficientnet-lite2", "--resolution", "64", "--quiet")
 QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
 
@@ -183,9 +182,3 @@ def test_errors_say_what_to_do(
     for arguments, message in cases:
         assert run(*arguments) == 2, arguments
         assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", [n for n, (m, _) in COMMANDS.items() if m in MODULES])
-def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(name, "-h") == 0
-    assert f"detok-pipe {name}" in capsys.readouterr().out

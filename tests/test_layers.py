@@ -65,13 +65,3 @@ def test_each_package_is_in_the_wheel():
     assert settings["package-dir"] == {f"detok_pipe.{p}": p for p in MAY_IMPORT}
     for package in MAY_IMPORT:
         assert (ROOT / package / "py.typed").exists()
-
-
-def test_every_command_exists():
-    import importlib
-
-    from detok_pipe.pipelines.cli import COMMANDS
-
-    for command, (module, _) in COMMANDS.items():
-        found = importlib.import_module(f"detok_pipe.pipelines.{module}")
-        assert hasattr(found, command.replace("-", "_")), command

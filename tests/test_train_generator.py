@@ -8,9 +8,11 @@ import pytest
 import torch
 from generator_making import QUIET, losses, recipe, weights, write_latents
 from score_making import TinyFeatures, tiny_reference, tiny_tokenizer
+from training_making import Stream
 
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError
 from detok_pipe.pipelines import generator_inspection
+from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import largest_micro_batch
 from detok_pipe.pipelines.generator_inspection import Preview
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
@@ -89,8 +91,6 @@ def test_compiled_blocks_give_the_same_losses(folder, tmp_path):
 
 
 def test_the_largest_micro_batch_that_fits():
-    from test_training import Stream, make_accelerator
-
     tried = []
     model = torch.nn.Linear(4, 4)
 
@@ -109,8 +109,6 @@ def test_the_largest_micro_batch_that_fits():
 
 
 def test_no_micro_batch_that_fits():
-    from test_training import Stream, make_accelerator
-
     def loss(part):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 

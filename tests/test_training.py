@@ -3,14 +3,13 @@
 import dataclasses
 import os
 import signal
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from training_making import Stream
 
 from detok_pipe.latents.errors import Interrupted, NonFiniteError
-from detok_pipe.latents.noise import Noise
 from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import accumulate
 from detok_pipe.pipelines.checkpoints import checkpoint_paths, latest_checkpoint
@@ -22,29 +21,6 @@ from detok_pipe.pipelines.training import Parts, fit, learning_rate
 
 STEPS = 12
 QUIET = Execution(device="cpu", trackers=(), quiet=True, log_every=5, checkpoint_every=4)
-
-
-@dataclass
-class Rows:
-    x: Tensor
-    ids: Tensor
-
-
-class Stream:
-    def __init__(self, batch: int = 8) -> None:
-        self.batch, self.position = batch, 0
-
-    def __iter__(self):
-        while True:
-            ids = torch.arange(self.position, self.position + self.batch)
-            self.position += self.batch
-            yield Rows(Noise(7, ids).normal("x", (4,)), ids)
-
-    def state(self):
-        return {"position": self.position}
-
-    def load_state(self, state):
-        self.position = state["position"]
 
 
 def train(
