@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -97,12 +98,13 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, method, count):
     """Lets ``count`` copies through, then fails each time."""
-    original, done = getattr(remote.Remote, method), []
+    original, done, lock = getattr(remote.Remote, method), [], threading.Lock()
 
     def copy(self, *arguments):
-        if len(done) >= count:
-            raise Stopped
-        done.append(arguments)
+        with lock:  # files are copied by several threads
+            if len(done) >= count:
+                raise Stopped
+            done.append(arguments)
         return original(self, *arguments)
 
     monkeypatch.setattr(remote.Remote, method, copy)

@@ -1,5 +1,6 @@
 """Streaming scores: equal to a score of all images at once, resumable, with every setting."""
 
+import dataclasses
 from pathlib import Path
 
 import google_crc32c
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 from score_making import QUICK, TinyFeatures, tiny_generator, tiny_reference, tiny_tokenizer
+from torch import Tensor, nn
 
 from detok_pipe.evaluation.frechet import FrechetReference, feature_stats
 from detok_pipe.evaluation.kernel_distance import kernel_distance
@@ -18,6 +20,7 @@ from detok_pipe.latents.errors import (
     NonFiniteError,
 )
 from detok_pipe.latents.sample_store import SampleStore
+from detok_pipe.latents.stats import LatentStats
 from detok_pipe.pipelines.sample import sample
 from detok_pipe.pipelines.score import (
     append_record,
@@ -145,9 +148,21 @@ def test_only_the_scale_may_differ_in_a_curve(store: SampleStore, tmp_path: Path
 
 
 def test_decoding_rounds_and_clamps() -> None:
-    tokenizer = tiny_tokenizer()
-    generator = tiny_generator(Path())
-    z = 20 * np.random.default_rng(0).standard_normal((2, 16, 4)).astype(np.float16)
-    images = decode_latents(tokenizer, generator.stats, z)
+    class Pixels(nn.Linear):  # its parameters say where it computes
+        def decode(self, z: Tensor) -> Tensor:
+            return z.transpose(1, 2).unflatten(2, (2, 2))
+
+    tokenizer = dataclasses.replace(tiny_tokenizer(), model=Pixels(1, 1))
+    stats = LatentStats(np.ones(3), np.full(3, 2.0))
+    # (B, N, C): four pixels of three channels; the decoder gets 1 + 2 z.
+    z = [[[-1.0, 0.0, -0.5], [-1.25, 1.0, -0.25], [-0.625, -0.75, -0.375], [-99, 99, -0.125]]]
+    images = decode_latents(tokenizer, stats, np.array(z, np.float16))
     assert images.dtype == torch.uint8
-    assert images.shape == (2, 3, 16, 16)
+    # 127.5 + 127.5 (1 + 2 z), where it lies between 0 and 255: 0, -63.75, 95.625, ...
+    assert images.tolist() == [
+        [
+            [[0, 0], [96, 0]],
+            [[255, 255], [64, 255]],
+            [[128, 191], [159, 223]],  # 127.5, 191.25, 159.375, 223.125
+        ]
+    ]

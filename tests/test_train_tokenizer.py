@@ -214,7 +214,7 @@ def test_rounded_matrix_products_are_over_when_the_training_is() -> None:
         assert torch.get_float32_matmul_precision() == before
 
 
-def test_bf16_trains(tokenizer_images, tmp_path) -> None:
+def test_bf16_trains_as_fp32_does(tokenizer_images, tmp_path, finished_tokenizer) -> None:
     train_tokenizer(
         dataclasses.replace(ADVERSARIAL, precision="bf16"),
         tokenizer_images,
@@ -222,6 +222,13 @@ def test_bf16_trains(tokenizer_images, tmp_path) -> None:
         QUIET,
     )
     assert all(value.dtype != torch.bfloat16 for value in files(tmp_path / "run")["model"].values())
+    exact, rounded = read_metrics(finished_tokenizer), read_metrics(tmp_path / "run")
+    assert len(exact) == len(rounded) == STEPS // QUIET.log_every
+    for one, other in zip(exact, rounded, strict=True):
+        for name in one.keys() & {"loss", "mse", "kl", "gradient_norm", "discriminator_loss"}:
+            # bf16 rounds to one part in 256, and here to both sides about equally often.
+            assert other[name] == pytest.approx(one[name], rel=4e-3), name
+    assert exact[0]["kl"] != rounded[0]["kl"]
 
 
 def test_looking_at_a_training_leaves_no_trace(
