@@ -2,6 +2,7 @@
 
     python benchmarks/cache.py       # 80,128 rows of 256 x 16, 313 shard files, 4 GB of disk
     python benchmarks/cache.py --rows 20032 --repeat 3
+    python benchmarks/cache.py --device cuda                 # also from pinned memory to a GPU
 
 Every reader hands out batches of 256 rows in a full global shuffle (block mode and the plain
 libraries in the order that each of them offers). The files are in the page cache. Expected on two
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 import webdataset as wds
 import zarr
 from safetensors import safe_open
@@ -113,8 +115,11 @@ def ours(cache: LatentCache, mode: Mode) -> Stream:
         yield len(batch.arrays["mean"])
 
 
-def ours_on_device(cache: LatentCache) -> Stream:
-    for batch in LatentLoader(cache, BATCH, 0, sample_posterior=False):
+def ours_on_device(cache: LatentCache, device: torch.device) -> Stream:
+    """fp32 batches, each waited for until it is on the device."""
+    for batch in LatentLoader(cache, BATCH, 0, sample_posterior=False, device=device):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         yield len(batch.z)
 
 
@@ -200,8 +205,12 @@ def speed(stream: Stream, seconds: float) -> float:
 @click.option("--shards", default=313, show_default=True)
 @click.option("--repeat", default=5, show_default=True, help="Medians of as many rounds.")
 @click.option("--seconds", default=1.0, show_default=True, help="Of each reader in each round.")
+@click.option("--device", default="cpu", show_default=True, help="Where fp32 batches go to.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers as JSON.")
-def main(rows: int, shards: int, repeat: int, seconds: float, out: Path | None) -> None:
+def main(
+    rows: int, shards: int, repeat: int, seconds: float, device: str, out: Path | None
+) -> None:
+    target = torch.device(device)
     with tempfile.TemporaryDirectory(prefix="detok-cache-") as folder:
         root = Path(folder)
         write_cache(root / "tar", rows, rows // shards, ("mean",))
@@ -226,7 +235,7 @@ def main(rows: int, shards: int, repeat: int, seconds: float, out: Path | None) 
             "ours, WebDataset, resident": lambda: ours(tars, "resident"),
             "ours, Zarr, block": lambda: ours(zarrs, "block"),
             "ours, WebDataset, block": lambda: ours(tars, "block"),
-            "ours, Zarr, resident, fp32 on the CPU": lambda: ours_on_device(zarrs),
+            f"ours, Zarr, resident, fp32 on {target}": lambda: ours_on_device(zarrs, target),
             "webdataset's own pipeline": lambda: webdataset_pipeline(root / "tar"),
             "zarr's own API, random rows": lambda: zarr_rows(root / "zarr", rows),
             "zarr's own API, whole chunks": lambda: zarr_chunks(root / "zarr", rows),
