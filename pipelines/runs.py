@@ -25,10 +25,11 @@ class Run:
     Attributes:
         name: its path below the folder that was searched.
         model: generator, or tokenizer, and its size in parameters.
-        made_from: the cache's fingerprint, or the image set's folder.
+        made_from: the cache's fingerprint, the image set's folder, or the imported file.
         step, steps: finished and planned steps.
         loss: mean of the last tenth of the logged losses.
-        score: name and value of its lowest Fréchet distance, while training or in a sweep.
+        score: name and value of its lowest Fréchet distance, while training or in a sweep: FID
+            where there is one, else that of the network that scored last.
     """
 
     name: str
@@ -74,11 +75,12 @@ def _read(path: Path, folder: Path) -> Run | None:
     metrics = read_metrics(path)
     losses = [r["loss"] for r in metrics if "loss" in r]
     millions = f"{record['parameters'] / 1e6:,.1f} M" if "parameters" in record else ""
-    if record["kind"] == "generator":
-        model = record["config"]["generator"]
+    model = record["config"]["generator"] if record["kind"] == "generator" else "l-DeTok"
+    if "imported_from" in record:
+        made_from = f"import of {Path(record['imported_from']).name}"
+    elif record["kind"] == "generator":
         made_from = f"cache {record['inputs']['cache'][:8]}"
     else:
-        model = "l-DeTok"
         made_from = Path(record.get("data", {}).get("path", "-")).name
     return Run(
         name=path.resolve().name if path == folder else path.relative_to(folder).as_posix(),
@@ -95,15 +97,20 @@ def _read(path: Path, folder: Path) -> Run | None:
 def _final_scores(run: Path) -> list[dict[str, float]]:
     """The metrics with which a sweep of the run ended, where there was one."""
     try:
-        result = json.loads((run / "sweep" / SWEEP).read_text())
-    except (OSError, json.JSONDecodeError):
+        result = json.loads((run / "sweep" / SWEEP).read_bytes())
+    except (OSError, ValueError):
         return []
     return [{name: m["value"] for name, m in r["metrics"].items()} for r in result["final"]]
 
 
 def _best_score(metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
     scores = [score for record in metrics if (score := score_of(record)) is not None]
-    return min(scores, key=lambda score: score[1], default=None)
+    if not scores:
+        return None
+    # Distances of different networks are not comparable.
+    names = [name for name, _ in scores]
+    name = next((name for name in names if name.endswith("FID")), names[-1])
+    return name, min(value for other, value in scores if other == name)
 
 
 def runs_table(runs: Sequence[Run]) -> str:

@@ -12,6 +12,7 @@ from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchErro
 from detok_pipe.pipelines.cli import main
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 from detok_pipe.pipelines.released import export_checkpoint, import_checkpoint
+from detok_pipe.pipelines.runs import find_runs
 from detok_pipe.pipelines.trained import load_generator, load_tokenizer
 from detok_pipe.tokenizer.model import LDeTok
 
@@ -64,6 +65,8 @@ def test_a_generator_comes_back_and_its_run_loads(released, tmp_path):
     assert (
         generator.identity["tokenizer"] == load_tokenizer(tmp_path / "tok").identity["fingerprint"]
     )
+    made_from = {run.name: run.made_from for run in find_runs(tmp_path)}
+    assert made_from == {"mar": "import of mar.pth", "tok": "import of tok.pth"}
     export_checkpoint(tmp_path / "mar", tmp_path / "again.pth")
     first = torch.load(released / "mar.pth", weights_only=True)["model"]
     again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]

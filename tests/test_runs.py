@@ -8,6 +8,7 @@ from PIL import Image
 
 from detok_pipe.latents.errors import InputError
 from detok_pipe.pipelines.cli import main
+from detok_pipe.pipelines.run_directory import open_run
 from detok_pipe.pipelines.runs import find_runs
 from detok_pipe.pipelines.train_generator import train_generator
 
@@ -36,6 +37,23 @@ def test_each_run_is_a_line(folder):
     assert (mar.step, mar.steps) == (6, 6)
     assert mar.loss is not None
     assert (mar.score, sit.score) == (("FID", 3.25), ("FID", 7.5))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "best"),
+    [
+        ([{"FID": 9.0}, {"FID": 8.0}, {"FD-EffLite2@128": 2.0}], ("FID", 8.0)),
+        ([{"FD-EffLite2@260": 1.0}, {"FD-EffLite2@128": 2.0}], ("FD-EffLite2@128", 2.0)),
+        ([{"val/rFD-EffLite2@128": 1.0}, {"val/rFID": 3.0}], ("val/rFID", 3.0)),
+        ([{"loss": 1.0}], None),
+    ],
+)
+def test_scores_of_different_networks_are_not_compared(tmp_path, metrics, best):
+    run = tmp_path / "run"
+    with open_run(run, kind="tokenizer", config={}, inputs={}, keep=1) as opened:
+        for step, values in enumerate(metrics):
+            opened.log(step, values)
+    assert find_runs(run)[0].score == best
 
 
 def test_one_run_is_found_by_its_own_folder(folder):
