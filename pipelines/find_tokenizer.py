@@ -93,7 +93,7 @@ def _whole(encoder: Mapping[str, Any], beside: tuple[Path, ...]) -> dict[str, An
     """``encoder``, or the same one as a generator's record describes it."""
     for run in beside:
         try:
-            record = json.loads((run / CONFIG).read_text())["tokenizer"]
+            record = json.loads((run / CONFIG).read_bytes())["tokenizer"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if record.get("fingerprint") == encoder["fingerprint"]:
@@ -108,7 +108,7 @@ def _neighbour(
     folders = list(dict.fromkeys(path.resolve().parent for path in beside))
     for config in (config for folder in folders for config in sorted(folder.glob(f"*/{CONFIG}"))):
         try:
-            if json.loads(config.read_text()).get("kind") != "tokenizer":
+            if json.loads(config.read_bytes()).get("kind") != "tokenizer":
                 continue
             tokenizer = load_tokenizer(config.parent, device=device)
         except (DetokError, OSError, ValueError):

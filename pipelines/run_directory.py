@@ -51,7 +51,7 @@ def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
     """
     file = run / CONFIG
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         command = {"tokenizer": "train-tok", "generator": "train-gen"}.get(str(kind), "a trainer")
         raise CheckpointError(
@@ -144,7 +144,10 @@ def locked(path: Path) -> Iterator[None]:
         with atomic.storage_errors(path):
             lock.acquire()
     except filelock.Timeout:
-        who = holder.read_text().strip() if holder.exists() else "another process"
+        try:
+            who = holder.read_text("utf-8")
+        except FileNotFoundError:  # it has not signed yet, or has just left
+            who = "another process"
         raise LockedError(
             f"{path} is in use by {who}; wait for it, or give another --out"
         ) from None

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,22 @@ def test_a_run_in_use_names_its_holder(tmp_path):
         other.kill()
         other.wait()
         begin(tmp_path / "run")
+
+
+def test_a_run_is_read_as_utf_8_whatever_the_locale(tmp_path):
+    with open_run(tmp_path / "run", **RUN, extra={"class_names": ["Vögel"]}):
+        pass
+    code = (
+        "import pathlib, sys; from detok_pipe.pipelines.run_directory import read_config\n"
+        "print(ascii(read_config(pathlib.Path(sys.argv[1]))['class_names']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run"],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert done.stdout.strip() == ascii(["Vögel"]).encode()
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path):
