@@ -34,7 +34,7 @@ from detok_pipe.pipelines.images import ImageSource, open_images
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
 from detok_pipe.pipelines.quickstart_comparisons import compare
-from detok_pipe.pipelines.quickstart_page import write_page
+from detok_pipe.pipelines.quickstart_page import REPORT, STAGES, write_page
 from detok_pipe.pipelines.reconstruct import evaluate_tokenizer
 from detok_pipe.pipelines.run_directory import locked
 from detok_pipe.pipelines.score import real_features
@@ -48,7 +48,6 @@ from detok_pipe.pipelines.trained import (
     load_tokenizer,
 )
 
-STAGES = "stages.json"
 _SETTINGS = "quickstart.json"
 
 
@@ -148,13 +147,13 @@ class Quickstart:
                 ("report", self.report),
             ):
                 self._do(name, stage)
-        return self.out / "report.html"
+        return self.out / REPORT
 
     def _check_settings(self) -> None:
         wanted = json.loads(json.dumps({"seed": self.seed, **dataclasses.asdict(self.demo)}))
         file = self.out / _SETTINGS
         if file.exists():
-            difference = first_difference(json.loads(file.read_text()), wanted)
+            difference = first_difference(json.loads(file.read_bytes()), wanted)
             if difference is not None:
                 name, there, now = difference
                 raise MismatchError(
@@ -164,7 +163,7 @@ class Quickstart:
         else:
             atomic.write_json(file, wanted)
         done = self.out / STAGES
-        self.stages = json.loads(done.read_text()) if done.exists() else {}
+        self.stages = json.loads(done.read_bytes()) if done.exists() else {}
 
     def _do(self, name: str, stage: Callable[[], dict[str, Any] | None]) -> None:
         if name in self.stages:

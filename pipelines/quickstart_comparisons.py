@@ -12,7 +12,7 @@ from detok_pipe.latents.noise import Noise
 from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines.fid_stats import image_batches
 from detok_pipe.pipelines.images import ImageSource
-from detok_pipe.pipelines.sample import sample, sampled_classes
+from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes
 from detok_pipe.pipelines.score import measure, score
 from detok_pipe.pipelines.stored_features import FeatureTable, StoredFeatures, features_of
 from detok_pipe.pipelines.trained import fingerprint, ready
@@ -124,11 +124,10 @@ def _probe(
     store = quickstart.final_store()
     samples = StoredFeatures(store, quickstart.tokenizer, quickstart.extractor).read()
     classes = sampled_classes(quickstart.generator)
-    first = store.identity["first"]
-    wanted = [classes[(first + i) % len(classes)] for i in range(len(samples))]
+    wanted = labels_of(store.identity["first"] + np.arange(len(samples)), classes)
 
-    def accuracy(features: np.ndarray, wanted: np.ndarray | list[int]) -> float:
-        return probe.accuracy(torch.from_numpy(features), torch.as_tensor(wanted))
+    def accuracy(features: np.ndarray, wanted: np.ndarray) -> float:
+        return probe.accuracy(torch.from_numpy(features), torch.from_numpy(wanted))
 
     return {
         "samples": accuracy(samples.features, wanted),

@@ -34,12 +34,19 @@ from detok_pipe.pipelines.sample import labels_of
 from detok_pipe.pipelines.score import metric_names
 from detok_pipe.pipelines.stored_features import decode_latents
 from detok_pipe.pipelines.sweep import final_path, search_path
-from detok_pipe.pipelines.sweep_output import measured, scale_grid, sweep_curves, write_plot
+from detok_pipe.pipelines.sweep_output import (
+    measured,
+    scale_and_temperature,
+    scale_grid,
+    sweep_curves,
+    write_plot,
+)
 
 if TYPE_CHECKING:
     from detok_pipe.pipelines.quickstart import Quickstart
 
 REPORT = "report.html"
+STAGES = "stages.json"
 _CREDIT = "Drawings: Twemoji, CC-BY 4.0, by Twitter, Inc, jdecked and other contributors."
 _PER_CLASS = 16
 _RECONSTRUCTIONS = 32
@@ -210,7 +217,7 @@ class _Gatherer:
         count = self.quickstart.demo.final_count
         rows = [
             ScoreRow(
-                f"{self._scale(record):g}".join(("trained MAR, scale ", "")),
+                f"trained MAR, scale {scale_and_temperature(record)[0]:g}",
                 count,
                 self._shown(record["metrics"]),
             )
@@ -235,10 +242,6 @@ class _Gatherer:
                 "another count: compare the kernel distance only",
             ),
         ]
-
-    @staticmethod
-    def _scale(record: Mapping[str, Any]) -> float:
-        return record["settings"]["samples"]["sampling"]["guidance_scale"]
 
     def _shown(self, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Measured]:
         wanted = {self.names["frechet"].name, self.names["kernel"].name}
@@ -269,7 +272,7 @@ def _device_name(device: torch.device) -> str:
 
 def summary(out: Path) -> str:
     """The closing lines of the command, from what :func:`write_page` returned."""
-    stages = json.loads((out / "stages.json").read_text())
+    stages = json.loads((out / STAGES).read_bytes())
     facts = stages["report"]["result"]
     seconds = sum(stage["seconds"] for stage in stages.values())
     lines = [

@@ -10,8 +10,8 @@ import torch
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import MismatchError
 from detok_pipe.pipelines.demo_presets import FAST, Demo
-from detok_pipe.pipelines.quickstart import STAGES, Quickstart
-from detok_pipe.pipelines.quickstart_page import summary
+from detok_pipe.pipelines.quickstart import Quickstart
+from detok_pipe.pipelines.quickstart_page import STAGES, summary
 
 TINY = Demo(
     tokenizer=dataclasses.replace(
