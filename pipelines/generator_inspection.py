@@ -54,7 +54,7 @@ class Preview:
     tokenizer: TokenizerChoice | Path | None = None
     reference: Path | None = None
     count: int = 1000
-    features: str = "efficientnet-lite2"
+    features: str = "inception"
     resolution: int | None = None
     weights_dir: Path | None = None
 

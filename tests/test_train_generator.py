@@ -14,6 +14,7 @@ from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchErro
 from detok_pipe.pipelines import generator_inspection
 from detok_pipe.pipelines.accelerators import make_accelerator
 from detok_pipe.pipelines.accumulation import largest_micro_batch
+from detok_pipe.pipelines.commands_generator import train_gen
 from detok_pipe.pipelines.generator_inspection import Preview
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
 from detok_pipe.pipelines.train_generator import Beginning, train_generator
@@ -152,6 +153,11 @@ def test_the_best_checkpoint_stays(folder, tmp_path, monkeypatch):
     train_generator(recipe(), folder / "cache", tmp_path / "run", execution)
     kept = [int(path.name[-1]) for path in checkpoint_paths(tmp_path / "run")]
     assert kept == [2, 3, 4, 6]
+
+
+def test_scores_come_from_the_network_of_the_command_s_default():
+    (command,) = (p.default for p in train_gen.params if p.name == "features")
+    assert Preview().features == command
 
 
 def test_a_score_without_a_reference_is_refused():
