@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import scipy.signal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -113,13 +114,8 @@ def smoothed(values: np.ndarray, fraction: float = 0.02) -> np.ndarray:
     if constant < 1:
         return values
     keep = 1 - 1 / constant
-    out = np.empty_like(values)
-    total = weight = 0.0
-    for i, value in enumerate(values):
-        total = keep * total + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        out[i] = total / weight
-    return out
+    biased = scipy.signal.lfilter([1 - keep], [1, -keep], values)
+    return biased / (1 - keep ** np.arange(1, len(values) + 1))
 
 
 def loss_curve(

@@ -266,16 +266,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def byte_size(count: int) -> str:
-    """Bytes in decimal units: ``410 MB``."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
-
-
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"

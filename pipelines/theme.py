@@ -18,8 +18,6 @@ class Theme:
     muted: str
     rule: str
     series: tuple[str, ...]
-    good: str
-    bad: str
 
 
 LIGHT = Theme(
@@ -30,8 +28,6 @@ LIGHT = Theme(
     muted="#666b73",
     rule="#dcd8cf",
     series=("#2a5d8f", "#b1512d", "#4b7a3f", "#7a4f8f", "#8a6d1f", "#3f7f86"),
-    good="#3b6b30",
-    bad="#a8392b",
 )
 DARK = Theme(
     name="dark",
@@ -41,6 +37,4 @@ DARK = Theme(
     muted="#9a9ea6",
     rule="#343840",
     series=("#86b4e3", "#e8976f", "#93c482", "#c39bd8", "#d6b95e", "#7fc4cc"),
-    good="#93c482",
-    bad="#f0897a",
 )

@@ -135,13 +135,6 @@ def test_durations_read_well(seconds, text) -> None:
     assert report.duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (14_123_456, "14.1 MB"), (42e9, "42 GB")]
-)
-def test_sizes_read_well(count, text) -> None:
-    assert report.byte_size(int(count)) == text
-
-
 @pytest.mark.parametrize("count", [1, 5, 9, 10, 16, 40])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_row_of_images_breaks_into_even_lines(count, narrow) -> None:
