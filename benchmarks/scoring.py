@@ -5,9 +5,8 @@
 
 Both routes decode the same latents with the same tokenizer and use the same feature network; the
 tokenizer is small, because its time is the same on both sides. Our images/s are those of decode
-and features. Inception has random weights. On a CPU expect 1.15 times with Inception, whose own
-time rules, 3 times with EfficientNet-lite2 at 128 pixels, and 5 times for the Fréchet step at
-2048 dimensions.
+and features. Inception has random weights. On a CPU expect 2 times with Inception, 4 times with
+EfficientNet-lite2 at 128 pixels, and 10 times for the Fréchet step at 2048 dimensions.
 """
 
 import statistics

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from detok_pipe.generators import ardiff
 from detok_pipe.generators.ardiff import ARDiff
+from detok_pipe.generators.registry import build_generator
 from detok_pipe.generators.sampling import Sampling
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.noise import Noise, ReplayNoise
@@ -74,6 +76,26 @@ def test_cache_equals_full_computation(model, order):
     expected.scatter_(1, places[..., None].expand_as(tokens), tokens)
     out = model.sample(labels, sampling, noise)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.soak
+@BOTH
+def test_cache_equals_full_computation_at_base_size(order):
+    """The head's conditions of all 256 positions, conditional and null, for random tokens."""
+    latents = {"grid": (16, 16), "channels": 16, "num_classes": 1000}
+    torch.manual_seed(0)
+    model = build_generator(f"{order}-ar-b", **latents).eval().requires_grad_(False)
+    for parameter in model.parameters():  # which begin such that the blocks change nothing
+        torch.nn.init.normal_(parameter, std=0.05)
+    labels, places = torch.tensor([7]), model.places(Noise(0, [3]), torch.device("cpu"))
+    tokens = torch.randn(1, 256, 16)
+    null = torch.full_like(labels, -1)
+    expected = torch.cat([model.transform(tokens, places, given) for given in (labels, null)])
+    decoder = ardiff._CachedDecoder(model, labels, places, guided=True)
+    previous = [None, *tokens.unbind(1)]
+    found = torch.stack([decoder.step(i, previous[i], halves=2) for i in range(256)], dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
 
 
 @BOTH

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
+from cache_making import tree
 from PIL import Image
 
 from detok_pipe.latents.cache import open_cache
@@ -72,6 +75,44 @@ def test_encode_info_verify_convert(tokenizer, images, tmp_path, capsys):
     for view in ("image", "mirror"):
         assert (one.rows(everything, view) == other.rows(everything, view)).all()
     assert encode(tokenizer, images, cache) == 0
+
+
+def test_images_from_lists_and_tars(tokenizer, images, tmp_path):
+    files = sorted(images.rglob("*.png"))
+    labels = [int(file.parent.name[-1]) for file in files]
+    (tmp_path / "list.txt").write_text(
+        "".join(
+            f"{file.relative_to(images)} {label}\n"
+            for file, label in zip(files, labels, strict=True)
+        )
+    )
+    (tmp_path / "tars").mkdir()
+    with wds.TarWriter(str(tmp_path / "tars" / "0.tar")) as sink:
+        for number, (file, label) in enumerate(zip(files, labels, strict=True)):
+            sink.write({"__key__": f"{number:04}", "png": file.read_bytes(), "cls": label})
+    assert encode(tokenizer, images, tmp_path / "a") == 0
+    assert encode(tokenizer, tmp_path / "list.txt", tmp_path / "b", "--data-root", images) == 0
+    assert encode(tokenizer, tmp_path / "tars", tmp_path / "c") == 0
+    caches = [open_cache(tmp_path / name) for name in "abc"]
+    assert caches[0].fingerprint == caches[1].fingerprint != caches[2].fingerprint
+    rows = [cache.rows(np.argsort(cache.source_ids), "mirror", "std") for cache in caches]
+    for cache, found in zip(caches[1:], rows[1:], strict=True):
+        np.testing.assert_array_equal(found, rows[0])
+        assert cache.labels[np.argsort(cache.source_ids)].tolist() == labels
+
+
+@pytest.mark.soak
+def test_two_real_processes_write_what_one_writes(tokenizer, images, tmp_path):
+    def started(out, *share):
+        form = ("--shards", "5", "--rows-per-record", "4", "--batch-size", "4", "--threads", "1")
+        command = [sys.executable, "-m", "detok_pipe.pipelines.cli", "encode", "--device", "cpu"]
+        which = ("--tokenizer", tokenizer, "--data", images, "--out", out)
+        return subprocess.Popen([*command, *map(str, which), *form, *share, "--quiet"])
+
+    both = [started(tmp_path / "two", "--rank", str(rank), "--world", "2") for rank in (0, 1)]
+    assert [process.wait() for process in (*both, started(tmp_path / "one"))] == [0, 0, 0]
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert open_cache(tmp_path / "one").num_rows == COUNT
 
 
 def test_processes_by_environment_then_finalize(tokenizer, images, tmp_path, monkeypatch, capsys):
@@ -230,7 +271,10 @@ def test_plan(capsys):
         del tokenizer_presets.TOKENIZER_PRESETS["small-for-test"]
     printed = capsys.readouterr().out
     assert "(128,000 bytes)" in printed  # 1000 rows of 4 x 4 fp16, 2 views, mean and std
-    assert "hours" in printed
+    values = dict(re.split(r"  +", line, maxsplit=1) for line in printed.splitlines())
+    assert (values["images"], values["shards"]) == ("1,000", "2")
+    assert int(values["files"]) >= 4  # a tar a shard and view
+    assert float(values["time, estimated"].split(" hours")[0]) >= 0
 
 
 def test_the_limit_of_pixels_is_that_of_decoding():

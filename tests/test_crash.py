@@ -117,15 +117,20 @@ def test_ctrl_c_leaves_no_temporary_file(processes, tmp_path):
 
 
 @pytest.mark.parametrize("store_format", FORMATS)
-def test_disk_full_in_the_middle(small_disk, tmp_path, store_format):
+@pytest.mark.parametrize("converted", [False, True])
+def test_disk_full_in_the_middle(small_disk, tmp_path, store_format, converted):
     disk, mount = small_disk
     write_as(tmp_path / "calm", store_format)
     wanted = tree(tmp_path / "calm")
+    write_as(tmp_path / "source", next(f for f in FORMATS if f != store_format))
     errors = []
     for kilobytes in range(4, 600, 12):
         mount(f"remount,size={kilobytes}k")
         try:
-            write_as(disk / "c", store_format)
+            if converted:
+                convert(tmp_path / "source", disk / "c", store_format)
+            else:
+                write_as(disk / "c", store_format)
             break
         except StorageError as error:
             errors.append(str(error))

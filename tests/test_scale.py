@@ -3,11 +3,15 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sparse_cache import COUNT, write_sparse_cache
 
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.loader import LatentLoader
+from detok_pipe.latents.order import BLOCK_ROWS, LANES, WINDOW_BLOCKS
+from detok_pipe.latents.plan import CachePlan
+from detok_pipe.latents.writer import CacheWriter
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +26,29 @@ def test_opens(sparse):
     cache = open_cache(sparse)
     assert cache.num_rows == COUNT
     assert cache.num_classes == 1000
+
+
+@pytest.mark.parametrize("world", [16, 64])
+def test_block_mode_shares_a_global_batch_among_many_processes(sparse, world):
+    """Over the end of a window, in which each lane's rows are shuffled."""
+    cache = open_cache(sparse)
+    begin = WINDOW_BLOCKS * BLOCK_ROWS * LANES - 2 * 256
+
+    def rows(rank, world):
+        settings = {"rank": rank, "world": world, "views": ("image",), "mode": "block"}
+        loader = LatentLoader(
+            cache, 256, 0, position=begin, sample_posterior=False, prefetch=1, **settings
+        )
+        stream = loader.host_batches()
+        found = [next(stream).numbers[1:].tolist() for _ in range(4)]
+        stream.close()
+        return found
+
+    alone = rows(0, 1)
+    parts = [rows(rank, world) for rank in range(world)]
+    for step, (positions, numbers) in enumerate(alone):
+        shared = [pair for part in parts for pair in zip(*part[step], strict=True)]
+        assert sorted(shared) == sorted(zip(positions, numbers, strict=True))
 
 
 def private_memory():
@@ -45,3 +72,28 @@ def test_first_and_far_batches_take_bounded_memory(sparse):
         # Three buffers of 16 MiB, and the rows of a few windows.
         assert private_memory() - before < 200 << 20
         stream.close()
+
+
+def test_finishing_takes_the_memory_of_a_shard(tmp_path):
+    """However many shards there are; each is 8 MB of fp32 in all views and fields."""
+    rows, channels = 512, 16
+    mean = np.random.default_rng(0).standard_normal((rows, 64, channels), dtype=np.float32)
+    peaks = []
+    for shards in (2, 2, 16):  # the first is to warm up
+        plan = CachePlan(
+            count=shards * rows,
+            rows_per_shard=rows,
+            grid=(8, 8),
+            channels=channels,
+            encoder={"fingerprint": "x"},
+            preprocessing={},
+            sources={"hash": "x"},
+        )
+        writer = CacheWriter.open(tmp_path / f"{len(peaks)}", plan)
+        moments = {view: (mean, abs(mean)) for view in plan.views}
+        for shard in writer.pending():
+            writer.commit(shard, moments, np.zeros(rows, np.int32), writer.rows(shard))
+        seen = []
+        writer.finalize(lambda shard, seen=seen: seen.append(private_memory()))
+        peaks.append(max(seen))
+    assert peaks[2] - peaks[1] < 4 * mean.nbytes
