@@ -19,6 +19,7 @@ from detok_pipe.latents.plan import CachePlan
 from detok_pipe.latents.publish import plan_of
 from detok_pipe.pipelines.decode import BatchDecoder, default_threads, to_float, to_uint8
 from detok_pipe.pipelines.encode import check_made_from, moments_on_device
+from detok_pipe.pipelines.held_out import drawn_rows
 from detok_pipe.pipelines.images import ImageSource
 from detok_pipe.pipelines.pictures import ImageRow, labelled_grid, to_images
 from detok_pipe.pipelines.trained import (
@@ -120,7 +121,8 @@ def check_cache(
     pixels = _pixels(source, cache.source_ids[rows], tokenizer.image_size)
     fresh = moments_on_device(tokenizer.model, to_float(pixels, device), plan)
 
-    means = {view: _stored(cache, rows, view, "mean", device) for view in cache.views}
+    noise = Noise(_SEED, rows, device=device)
+    means = {v: drawn_rows(cache, rows, v, noise, sample_posterior=False) for v in cache.views}
     expected = {view: cache.stats.normalize(fresh[view][0]) for view in means}
     squares = [(means[view] - expected[view]).square().mean().item() for view in means]
     difference = float(np.sqrt(np.mean(squares)))
@@ -145,7 +147,7 @@ def check_cache(
         )
     losses = None
     if generator is not None:
-        losses = _losses(cache, generator, fresh, rows, device)
+        losses = _losses(cache, generator, fresh, rows, noise)
         if abs(losses[0] - losses[1]) > LARGEST_LOSS_DIFFERENCE * abs(losses[1]):
             problems.append(
                 f"the loss of {generator.path} is {losses[0]:.5f} on cached latents and "
@@ -192,7 +194,7 @@ def _losses(
     generator: TrainedGenerator,
     fresh: dict[str, Tensor],
     rows: np.ndarray,
-    device: torch.device,
+    noise: Noise,
 ) -> tuple[float, float]:
     """Mean loss over all views on cached and on fresh latents, with the same noise for both."""
     if generator.identity["tokenizer"] != cache.tokenizer["fingerprint"]:
@@ -201,23 +203,14 @@ def _losses(
             f"{generator.identity['tokenizer']!r}, the cache is of "
             f"{cache.tokenizer['fingerprint']!r}"
         )
-    labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(device)
-    noise = Noise(_SEED, rows, device=device)
+    labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(noise.device)
     totals = np.zeros(2)
+    draw = cache.has_posterior
     for view in cache.views:
-        cached = _stored(cache, rows, view, "mean", device)
+        cached = drawn_rows(cache, rows, view, noise, sample_posterior=draw)
         mean, std = fresh[view]
-        if cache.has_posterior:
-            eps = noise.normal("posterior", cache.manifest.row_shape)
-            cached = cached + eps * _stored(cache, rows, view, "std", device)
-            mean = mean + eps * std
+        if draw:
+            mean = mean + noise.normal("posterior", cache.manifest.row_shape) * std
         for place, z in enumerate((cached, generator.stats.normalize(mean))):
             totals[place] += float(generator.model(z, labels, noise)) / len(cache.views)
     return float(totals[0]), float(totals[1])
-
-
-def _stored(
-    cache: LatentCache, rows: np.ndarray, view: str, field: str, device: torch.device
-) -> Tensor:
-    """Rows of the cache (n, N, C), fp32."""
-    return torch.from_numpy(cache.rows(rows, view, field)).to(device, torch.float32)

@@ -43,6 +43,13 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
     help="Which weights of it: the averaged or the last ones.",
 )
 @click.option(
+    "--val-every",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Steps between losses of the averaged weights on the rows that --set holdout=N keeps out.",
+)
+@click.option(
     "--sample-every",
     type=click.IntRange(0),
     default=5000,
@@ -75,6 +82,7 @@ def train_gen(
     out: Path,
     init_from: Path | None,
     init_weights: Literal["ema", "model"],
+    val_every: int,
     sample_every: int,
     score_every: int | None,
     score_ref: Path | None,
@@ -115,6 +123,7 @@ def train_gen(
         execution(values),
         begin=Beginning(init_from, init_weights) if init_from is not None else None,
         preview=Preview(
+            val_every=val_every,
             sample_every=sample_every or None,
             score_every=score_every,
             tokenizer=tokenizer,

@@ -163,11 +163,14 @@ class GeneratorConfig:
     """Train on these classes only (by name); None: all."""
     limit: int | None = None
     """Train on the first ``limit`` rows of the cache only."""
+    holdout: int = 0
+    """Keep so many rows out of the training, and measure the loss on them (val/loss)."""
     precision: Precision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, f"lr must be positive, not {self.lr}")
+        _check(self.holdout >= 0, f"holdout must not be negative, and is {self.holdout}")
         _check(self.limit is None or self.limit > 0, f"limit must be positive, and is {self.limit}")
         _check_recipe(self)
 

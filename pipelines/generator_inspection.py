@@ -1,4 +1,5 @@
-"""How a generator is looked at while it trains: sample grids and a distance, of EMA weights."""
+"""How a generator is looked at while it trains: sample grids, a distance and the loss on rows that
+are held out, all of the EMA weights."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from detok_pipe.evaluation.features import load_extractor
@@ -18,6 +20,7 @@ from detok_pipe.latents.sample_store import SampleStore
 from detok_pipe.pipelines.config import GeneratorConfig
 from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
+from detok_pipe.pipelines.held_out import held_out_loss
 from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
 from detok_pipe.pipelines.preview import preview_grid
 from detok_pipe.pipelines.processes import Processes
@@ -40,6 +43,7 @@ class Preview:
     a network that has only begun to learn; ``sample`` and ``sweep-cfg`` give the final ones.
 
     Attributes:
+        val_every: steps between two losses on held-out rows, where there are any.
         sample_every: steps between two sample grids; None: none.
         score_every: steps between two scores; None: none.
         tokenizer: decodes the samples; by default the one found beside the run or the cache.
@@ -49,6 +53,7 @@ class Preview:
         weights_dir: where published weights lie.
     """
 
+    val_every: int = 1000
     sample_every: int | None = None
     score_every: int | None = None
     tokenizer: TokenizerChoice | Path | None = None
@@ -59,7 +64,7 @@ class Preview:
     weights_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sample_every", "score_every", "count"):
+        for name in ("val_every", "sample_every", "score_every", "count"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be positive, and is {value}")
@@ -77,24 +82,33 @@ def inspections(
     averaged: Callable[[], Generator],
     record: Mapping[str, Any],
     *,
+    held_out: np.ndarray | None,
     accelerator: Accelerator,
     latents: Path,
     out: Path,
 ) -> list[Inspection]:
-    """Sample grids, ``samples/step-XXXXXXXX-samples.png``, and scores, as ``preview`` says.
+    """Losses on held-out rows ("val/loss"), sample grids, ``samples/step-XXXXXXXX-samples.png``,
+    and scores, as ``preview`` says.
 
     Args:
         averaged: gives the EMA network, whole, in evaluation mode; every process calls it.
         record: what the run's ``config.json`` says of its configuration and latents.
-        latents: the folder of ``cache``. out: the run directory.
+        held_out: rows, or None. latents: the folder of ``cache``. out: the run directory.
 
     Raises:
         ConfigError, WeightsError: no tokenizer is found that could decode; only where scores, or
             a tokenizer, were asked for: else there are no grids.
         InputError, WeightsError: the reference or the feature network is not to be had.
     """
+    found = []
+    if held_out is not None:
+
+        def measure(step: int) -> Mapping[str, float]:
+            return {"val/loss": held_out_loss(averaged(), cache, held_out, config, accelerator)}
+
+        found.append(Inspection(preview.val_every, measure))
     if preview.sample_every is None and preview.score_every is None:
-        return []
+        return found
     processes = Processes(accelerator)
     with processes.main_first():
         tokenizer, missing = tokenizer_if_any(
@@ -107,9 +121,8 @@ def inspections(
         )
     if tokenizer is None:
         say(f"no sample grids: {missing}", quiet=not processes.is_main)
-        return []
+        return found
     sampler = _Sampler(config, cache, averaged, record, out)
-    found = []
     if preview.sample_every is not None:
         found.append(_grids(preview.sample_every, sampler, tokenizer, accelerator))
     if preview.score_every is not None:

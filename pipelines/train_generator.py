@@ -44,14 +44,18 @@ from detok_pipe.pipelines.trained import load_generator
 from detok_pipe.pipelines.training import Parts, start, train
 
 
-def subset(cache: LatentCache, config: GeneratorConfig) -> np.ndarray | None:
-    """Rows to train on (int64), or None for all.
+def split_rows(
+    cache: LatentCache, config: GeneratorConfig
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Rows to train on, None for all, and rows held out, None for none; both int64.
+
+    Held out are the last of the classes' rows: rows lie in random order in a cache.
 
     Raises:
         ConfigError: an unknown class, or nothing is left.
     """
-    if config.classes is None and config.limit is None:
-        return None
+    if config.classes is None and config.limit is None and not config.holdout:
+        return None, None
     rows = np.arange(cache.num_rows)
     if config.classes is not None:
         for name in config.classes:
@@ -59,12 +63,14 @@ def subset(cache: LatentCache, config: GeneratorConfig) -> np.ndarray | None:
                 raise unknown_name("class", name, cache.class_names)
         wanted = [cache.class_names.index(name) for name in config.classes]
         rows = rows[np.isin(cache.labels, wanted)]
-    rows = rows[: config.limit]
+    count = max(0, len(rows) - config.holdout)
+    rows, held_out = rows[:count][: config.limit], rows[count:]
     if not len(rows):
         raise ConfigError(
-            f"classes {config.classes} and limit {config.limit} leave no row to train on"
+            f"classes {config.classes}, limit {config.limit} and holdout {config.holdout} leave "
+            "no row to train on"
         )
-    return rows
+    return rows, held_out if config.holdout else None
 
 
 def fitted_to(config: GeneratorConfig, cache: LatentCache) -> GeneratorConfig:
@@ -81,7 +87,7 @@ def describe(config: GeneratorConfig, cache: LatentCache) -> dict[str, Any]:
     with torch.device("meta"):
         model = _build(config, cache)
     parameters = sum(p.numel() for p in model.parameters())
-    rows = subset(cache, config)
+    rows, _ = split_rows(cache, config)
     images = cache.num_rows if rows is None else len(rows)
     return {
         "parameters": parameters,
@@ -177,7 +183,7 @@ def train_generator(
     device = accelerator.device
     if verify:
         _check_hashes(latents, accelerator)
-    rows = subset(cache, config)
+    rows, held_out = split_rows(cache, config)
     images = cache.num_rows if rows is None else len(rows)
     steps = duration_in_steps(config.duration, images=images, global_batch=config.global_batch)
 
@@ -281,6 +287,7 @@ def train_generator(
             cache,
             averaged,
             {"config": to_json(config), **facts},
+            held_out=held_out,
             accelerator=accelerator,
             latents=latents,
             out=out,
