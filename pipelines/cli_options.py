@@ -16,6 +16,9 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
 """A file or folder; whether it exists is checked where the error can say what to do."""
 
+NUMBER = click.IntRange(0, 2**63 - 1)
+"""A seed or the number of a sample: noise is a function of both, as 64-bit integers."""
+
 _WEIGHTS = "detok_pipe.weights"
 
 
@@ -34,7 +37,7 @@ def seed_option(function: Command) -> Command:
     """``--seed``: every random number of the command follows from it."""
     return click.option(
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
+        type=NUMBER,
         default=0,
         show_default=True,
         help="Seed of all random numbers that this command draws.",

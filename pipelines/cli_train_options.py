@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from detok_pipe.pipelines.cli_options import (
+    NUMBER,
     device_option,
     dry_run_option,
     quiet_option,
@@ -94,9 +95,7 @@ execution_options = together(
         show_default=True,
         help="Accelerate tracker (tensorboard, wandb, ...), or none. May be repeated.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(0), help="Seed; the preset's is 0. Same as --set seed=N."
-    ),
+    click.option("--seed", type=NUMBER, help="Seed; the preset's is 0. Same as --set seed=N."),
     device_option,
     quiet_option,
     set_option,

@@ -9,6 +9,7 @@ import click
 
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
+    NUMBER,
     device_option,
     out_option,
     quiet_option,
@@ -60,7 +61,7 @@ def _sampling(generator: "TrainedGenerator", scale: float | None, **values: Any)
 @click.argument("run", type=FOLDER)
 @num_option(1, help="Number of samples.", required=True)
 @click.option("--cfg", type=float, help="Guidance scale. Default: the generator's published one.")
-@click.option("--first", type=click.IntRange(0), default=0, help="First sample number.")
+@click.option("--first", type=NUMBER, default=0, help="First sample number.")
 @click.option(
     "--classes", help="Class numbers with commas, gone through in turn: 207,360. Default: all."
 )

@@ -188,7 +188,9 @@ def _check_recipe(config: TokenizerConfig | GeneratorConfig) -> None:
         config.clip is None or config.clip > 0,
         f"clip must be positive, or null for none, and is {config.clip}",
     )
-    _check(config.seed >= 0, f"seed must not be negative, and is {config.seed}")
+    _check(
+        0 <= config.seed < 2**63, f"seed must be at least 0 and less than 2^63, not {config.seed}"
+    )
     _check(0 <= config.warmup <= 1, f"warmup is a share of the steps, and is {config.warmup}")
     duration_in_steps(config.duration, images=1, global_batch=1)
     for name, value in vars(config).items():

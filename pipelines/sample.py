@@ -94,14 +94,15 @@ def sample(
     Raises:
         MismatchError: the store holds samples of other settings; the field is named.
         NonFiniteError: the generator gave NaN or infinite latents, or beyond fp16's range.
-        ConfigError: no samples, a label that the generator does not know, a sampling option that
-            it does not use, or ``compiled`` where torch.compile does not work.
+        ConfigError: no samples, numbers beyond 64 bits, a label that the generator does not know,
+            a sampling option that it does not use, or ``compiled`` where torch.compile does not
+            work.
         StorageError: the disk is full; shards written before stay.
     """
     processes = processes or Processes(device=next(generator.model.parameters()).device)
     classes = sampled_classes(generator) if classes is None else list(classes)
     generator.model.check_sampling(sampling)
-    _check(generator, count, classes)
+    _check(generator, first, count, classes)
     dtype = resolve_precision(precision, processes.device)
     identity = {
         **generator.identity,
@@ -136,6 +137,7 @@ def sample(
         if processes.mine(shard)
     )
     missing = sum(end - start for _, start, end in pending)
+    quiet = quiet or not processes.is_main
     with progress(
         name, total=wanted, initial=wanted - missing, unit="samples", quiet=quiet
     ) as task:
@@ -156,9 +158,14 @@ def sample(
     return store
 
 
-def _check(generator: TrainedGenerator, count: int, classes: list[int]) -> None:
+def _check(generator: TrainedGenerator, first: int, count: int, classes: list[int]) -> None:
     if count < 1:
         raise ConfigError(f"the number of samples must be at least 1, got {count}")
+    if first + count > 2**63:
+        raise ConfigError(
+            f"samples {first} to {first + count - 1}: their numbers must be less than 2^63; lower "
+            "the first, or their count"
+        )
     known = generator.record["latents"]["num_classes"]
     for label in classes:
         if not -1 <= label < known:

@@ -51,6 +51,7 @@ def test_overrides_reach_into_the_model_and_accept_none():
         ("betas=0.9,1.5", ["betas", "1.5"]),
         ("clip=0", ["clip", "null"]),
         ("seed=-1", ["seed", "-1"]),
+        ("seed=9223372036854775808", ["seed", "less than 2^63", "9223372036854775808"]),
         ("seed=" + "9" * 5000, ["seed", "integer"]),
         ("duration=1e9999 steps", ["duration", "1e9999", "finite"]),
         ("adversarial_start=1e9999 steps", ["duration", "1e9999", "finite"]),

@@ -20,12 +20,15 @@ from detok_pipe.pipelines.preview import write_preview
 from detok_pipe.pipelines.sample import labels_of, sample, sampled_classes, sampling_of
 
 
-def test_same_samples_from_any_number_of_processes(tmp_path: Path) -> None:
+def test_same_samples_from_any_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generator = tiny_generator(tmp_path)
     settings = {"count": 22, "sampling": QUICK, "rows_per_shard": 5, "batch_size": 3, "quiet": True}
     whole = sample(generator, tmp_path / "one", **settings)
     for rank in (2, 0, 1):
         parts = sample(generator, tmp_path / "three", processes=Rank(rank, 3), **settings)
+        assert ("sample: 10/10 samples" in capsys.readouterr().err) == (rank == 0)
     assert whole.complete
     assert parts.complete
     np.testing.assert_array_equal(whole.read(0, 22), parts.read(0, 22))
@@ -179,6 +182,8 @@ def test_broken_samples_and_bad_requests(tmp_path: Path) -> None:
     generator = tiny_generator(tmp_path)
     with pytest.raises(ConfigError, match="at least 1"):
         sample(generator, tmp_path / "x", count=0, sampling=QUICK)
+    with pytest.raises(ConfigError, match=r"less than 2\^63"):
+        sample(generator, tmp_path / "x", count=2, first=2**63 - 1, sampling=QUICK)
     with pytest.raises(ConfigError, match="class 3"):
         sample(generator, tmp_path / "x", count=2, sampling=QUICK, classes=[3])
     with pytest.raises(ConfigError, match="guidance_scale"):
