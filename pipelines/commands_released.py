@@ -36,6 +36,8 @@ def import_checkpoint(
 ) -> None:
     """Make a run directory from the released checkpoint FILE; no code in it is run.
 
+    A generator needs --tokenizer; --stats, --tokenizer and --grid are for generators alone.
+
     \b
     Example:
       detok-pipe import-checkpoint detok-BB.pth --as detok-bb --out runs/tok

@@ -56,9 +56,21 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: the file is missing, cut short, hostile or of another model.
-        ConfigError: an unknown name, or a generator without tokenizer or statistics.
+        ConfigError: an unknown name, a generator without tokenizer or statistics, or a tokenizer
+            with what is only for generators.
+        MismatchError: the tokenizer decodes other latents, or ``out`` is of another import.
     """
     if name in TOKENIZER_PRESETS:
+        weights_alone = isinstance(tokenizer, TokenizerChoice) and tokenizer.name is None
+        for option, value in (
+            ("--stats", stats),
+            ("--weights" if weights_alone else "--tokenizer", tokenizer),
+            ("--grid", grid),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} is for generators, and {name} is a tokenizer: leave it out"
+                )
         _import_tokenizer(file, name, out, overrides)
     elif name in generator_names():
         if tokenizer is None:
@@ -120,7 +132,13 @@ def _import_generator(
         "tokenizer": decoder.identity,
         "parameters": sum(value.numel() for value in found.model.values()),
     }
-    inputs = {"cache": None, "tokenizer": decoder.identity["fingerprint"]}
+    # The weights do not tell these two apart, and they change every sample.
+    inputs = {
+        "cache": None,
+        "tokenizer": decoder.identity["fingerprint"],
+        "grid": list(found.grid),
+        "stats": normalisation.to_json(),
+    }
     settings = to_json(config) | {"model": found.options}
     _write(file, out, "generator", settings, inputs, extra, found.model, found.ema)
 

@@ -1,11 +1,14 @@
 """Released checkpoints become runs that sample, and come back as they were."""
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from baseline_making import write_small
+from safetensors.torch import save_file
 
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError
@@ -147,3 +150,45 @@ def test_a_published_tokenizer_brings_its_statistics(released, tmp_path):
             overrides=GENERATOR,
             tokenizer=tmp_path / "tok",
         )
+
+
+def test_an_import_over_another_names_what_differs(released, tmp_path):
+    import_checkpoint(released / "tok.pth", "detok-bb", tmp_path / "tok", overrides=TOKENIZER)
+
+    def import_with(std: float, grid: tuple[int, ...] | None = None) -> None:
+        stats = {"mean": torch.zeros(4), "std": torch.full((4,), std)}
+        save_file(stats, tmp_path / "stats.safetensors")
+        import_checkpoint(
+            released / "mar.pth",
+            "mar-b",
+            tmp_path / "mar",
+            overrides=GENERATOR,
+            stats=tmp_path / "stats.safetensors",
+            tokenizer=tmp_path / "tok",
+            grid=grid,
+        )
+
+    import_with(1.0)
+    import_with(1.0, (4, 4))  # the same again
+    with pytest.raises(MismatchError, match=r"stats\S* \[?1\.0.* there, \[?5\.0.* now.*--out"):
+        import_with(5.0)
+    record = json.loads((tmp_path / "mar" / "config.json").read_text())
+    assert record["latents"]["stats"]["std"] == [1.0] * 4
+    assert record["inputs"]["grid"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("--stats", {"stats": Path("nowhere")}),
+        ("--grid", {"grid": (3, 3)}),
+        ("--tokenizer", {"tokenizer": TokenizerChoice("nowhere")}),
+        ("--weights", {"tokenizer": TokenizerChoice(None, Path("nowhere"))}),
+    ],
+)
+def test_a_tokenizer_takes_no_options_of_generators(released, tmp_path, option, given):
+    with pytest.raises(ConfigError, match=f"^{option} is for generators, and detok-bb is"):
+        import_checkpoint(
+            released / "tok.pth", "detok-bb", tmp_path / "tok", overrides=TOKENIZER, **given
+        )
+    assert not (tmp_path / "tok").exists()
