@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from detok_pipe.generators.backbone import Backbone
-from detok_pipe.generators.diffusion import TRAIN_STEPS, GaussianDiffusion, ReverseChain
+from detok_pipe.generators.diffusion import TRAIN_STEPS, GaussianDiffusion, ReverseChain, schedule
 from detok_pipe.generators.generator import GUIDANCE_OPTIONS
 from detok_pipe.generators.guidance import scale_at
 from detok_pipe.generators.layers import AnyNoise
@@ -45,11 +45,20 @@ class DiT(Backbone):
         mse, vlb = self.diffusion.losses(z, eps, t, predicted, v)
         return mse + vlb
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.steps is not None:
+            schedule("linear", sampling.steps)  # so many can be
+
+    def own_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        return {"steps": 250}
+
     def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
+        assert sampling.steps is not None  # resolved
         batch, shape = len(condition), (self.places, self.channels)
         chain = ReverseChain(
             "linear",
-            sampling.steps or 250,
+            sampling.steps,
             temperature=sampling.temperature,
             clip=sampling.clip,
             device=condition.device,

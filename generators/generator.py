@@ -52,24 +52,39 @@ class Generator(nn.Module, ABC):
         """Labels (B,) int64, -1 for null -> latents (B, places, C) fp32, normalised.
 
         Raises:
-            ConfigError: see `check_sampling`.
+            ConfigError: see `resolved`.
         """
-        self.check_sampling(sampling)
-        return self._sample(condition, sampling, noise)
+        return self._sample(condition, self.resolved(sampling), noise)
 
     @abstractmethod
     def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
-        """`sample` with options that were checked."""
+        """`sample` with options that are `resolved`."""
 
     @abstractmethod
     def compile_sampler(self) -> None:
         """Let `sample` run compiled from now on; the weights must stay as they are."""
 
-    def check_sampling(self, sampling: Sampling) -> None:
-        """Check that all options which differ from the default have an effect.
+    @abstractmethod
+    def own_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        """What None stands for in those of the options that have a number of the model's own."""
+
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """The options with the model's own numbers in place of None: all that samples depend on.
 
         Raises:
-            ConfigError: one has none, or guides more channels than there are; it is named.
+            ConfigError: see `check_sampling`.
+        """
+        self.check_sampling(sampling)
+        own = self.own_sampling(sampling)
+        missing = {key: value for key, value in own.items() if getattr(sampling, key) is None}
+        return dataclasses.replace(sampling, **missing)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Check that all options which differ from the default have an effect, and are in range.
+
+        Raises:
+            ConfigError: one has none, or more channels, steps or iterations than there are; it is
+                named.
         """
         for option in dataclasses.fields(sampling):
             value = getattr(sampling, option.name)

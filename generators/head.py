@@ -62,8 +62,8 @@ class DiffusionHead(nn.Module):
     def sampler(self, sampling: Sampling, *, places: int = 1) -> HeadSampler:
         """A sampler to be made once for many tokens.
 
-        Uses the temperature, the clip, the steps (None: 100) and the guided channels; a token
-        covers `places` latent places. A compiled one is kept for the next batch.
+        Uses the temperature, the clip, the steps (which must be given) and the guided channels; a
+        token covers `places` latent places. A compiled one is kept for the next batch.
         """
         if self._compiled is None:
             return self._new_sampler(sampling, places)
@@ -75,9 +75,10 @@ class DiffusionHead(nn.Module):
     def _new_sampler(
         self, sampling: Sampling, places: int, *, compiled: bool = False
     ) -> HeadSampler:
+        assert sampling.steps is not None
         chain = ReverseChain(
             "cosine",
-            sampling.steps or 100,
+            sampling.steps,
             temperature=sampling.temperature,
             clip=sampling.clip,
             device=self.net.input_proj.weight.device,

@@ -148,9 +148,18 @@ class MAR(TokenGenerator):
         decoded = self.decode(self.encode(torch.cat(inputs, dim=1)), positions, masked)
         return self.diffloss.loss(pick(tokens, masked), decoded, noise, self.head_draws)
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.iterations is not None:
+            reveal_counts(self.tokens, sampling.iterations)  # so many can be
+
+    def own_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        return super().own_sampling(sampling) | {"iterations": min(256, self.tokens)}
+
     def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         batch, width, device = len(condition), self.mask_token.shape[-1], condition.device
-        counts = reveal_counts(self.tokens, sampling.iterations or min(256, self.tokens))
+        assert sampling.iterations is not None  # resolved
+        counts = reveal_counts(self.tokens, sampling.iterations)
         head = self.diffloss.sampler(sampling, places=self.patch_size**2)
         # Rows B..2B hold the null half; an iteration at scale 1 leaves them out. Places are kept
         # in the order in which they are revealed, an order's entries from its end.

@@ -4,6 +4,8 @@ Ma et al. 2024, "SiT: Exploring flow and diffusion-based generative models with 
 interpolant transformers". Time runs from 0 (noise) to 1 (data).
 """
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -61,9 +63,13 @@ class SiT(Backbone):
                 "the euler method"
             )
 
+    def own_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        return {} if sampling.method == "dopri5" else {"method": "euler", "steps": 250}
+
     def _sample(self, condition: Tensor, sampling: Sampling, noise: AnyNoise) -> Tensor:
         start = noise.normal("start", (self.places, self.channels))
         velocity = self.velocity(condition, sampling)
         if sampling.method == "dopri5":
             return flow.dopri5(velocity, start)
-        return flow.euler(velocity, start, flow.times(sampling.steps or 250, self.shift))
+        assert sampling.steps is not None  # resolved
+        return flow.euler(velocity, start, flow.times(sampling.steps, self.shift))

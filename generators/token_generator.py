@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detok_pipe.generators.diffusion import schedule
 from detok_pipe.generators.generator import GUIDANCE_OPTIONS, Generator
 from detok_pipe.generators.head import DiffusionHead
 from detok_pipe.generators.layers import (
@@ -21,6 +23,7 @@ from detok_pipe.generators.layers import (
     learned_vectors,
 )
 from detok_pipe.generators.patch import patchify, token_grid, unpatchify
+from detok_pipe.generators.sampling import Sampling
 
 
 class TokenGenerator(Generator):
@@ -71,6 +74,14 @@ class TokenGenerator(Generator):
         init_linear_layers(self)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         self.diffloss.net.init_weights()
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.steps is not None:
+            schedule("cosine", sampling.steps)  # so many can be
+
+    def own_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        return {"steps": 100}
 
     def embed_labels(self, condition: Tensor) -> Tensor:
         """Labels (B,), -1 for null -> (B, W)."""

@@ -101,7 +101,7 @@ def sample(
     """
     processes = processes or Processes(device=next(generator.model.parameters()).device)
     classes = sampled_classes(generator) if classes is None else list(classes)
-    generator.model.check_sampling(sampling)
+    sampling = generator.model.resolved(sampling)
     _check(generator, first, count, classes)
     dtype = resolve_precision(precision, processes.device)
     identity = {
@@ -149,7 +149,7 @@ def sample(
                 noise = Noise(seed, ids, device=processes.device)
                 with compile_errors() if compiled else nullcontext():
                     z = model.sample(labels, sampling, noise)
-                rows.append(_checked(z.cpu().numpy(), ids, sampling))
+                rows.append(_checked(z.cpu().numpy(), ids, generator.model, sampling))
                 task.advance(len(ids))
             store.commit(shard, np.concatenate(rows))
     if compiled:  # refers to itself; a sweep's copies would else gather on the device
@@ -188,13 +188,15 @@ def _prepared(model: Generator, dtype: str, compiled: bool) -> Generator:
     return prepared
 
 
-def _checked(z: np.ndarray, ids: np.ndarray, sampling: Sampling) -> np.ndarray:
+def _checked(z: np.ndarray, ids: np.ndarray, model: Generator, sampling: Sampling) -> np.ndarray:
     """Latents (b, N, C) fp32 of the samples ``ids``, if all can be stored."""
     broken = ~(np.abs(z) <= np.finfo(np.float16).max).all(axis=(1, 2))
     if broken.any():
+        bound = "clip" in model.sampling_options and sampling.clip is None
         raise NonFiniteError(
-            f"sample number {int(ids[broken.argmax()])} and {int(broken.sum()) - 1} more of its "
-            f"batch are NaN, infinite or beyond fp16 at guidance scale "
-            f"{sampling.guidance_scale:g}; lower the scale, use --precision fp32, or train longer"
+            f"{int(broken.sum())} of {len(ids)} samples, first number {int(ids[broken.argmax()])}, "
+            "are NaN, infinite or beyond fp16 at guidance scale "
+            f"{sampling.guidance_scale:g}; {'bound the predictions with --clip 4, ' * bound}lower "
+            "the scale, use --precision fp32, or train longer"
         )
     return z

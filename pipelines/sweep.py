@@ -131,9 +131,13 @@ def plan_for(
     if unguided_temperature is None:
         unguided_temperature = sampling_of(generator, guidance_scale=1.0).temperature
     unguided = dataclasses.replace(sampling, guidance_scale=1.0, temperature=unguided_temperature)
-    for planned in (sampling, unguided):
-        generator.model.check_sampling(planned)
-    return SweepPlan(scales=tuple(scales), sampling=sampling, unguided=unguided, **settings)
+    model = generator.model
+    return SweepPlan(
+        scales=tuple(scales),
+        sampling=model.resolved(sampling),
+        unguided=model.resolved(unguided),
+        **settings,
+    )
 
 
 def search_path(out: Path, scale: float) -> Path:

@@ -125,6 +125,29 @@ def test_options_without_effect_are_refused():
         model.check_sampling(Sampling(guided_channels=5))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_are_resolved_to_all_that_samples_depend_on(family):
+    model = build(f"{family}-b")
+    options = model.resolved(Sampling())
+    usual = {
+        "steps": 100 if "ar" in family else 250,
+        "iterations": 256 if family == "mar" else None,
+        "method": "euler" if family in ("sit", "lightningdit") else None,
+    }
+    assert options == Sampling(**usual)
+    assert model.resolved(options) == options
+    if "steps" in model.sampling_options:
+        assert model.resolved(Sampling(steps=7)).steps == 7
+    if family == "mar":
+        with pytest.raises(ConfigError, match="takes 1 to that many, got 257"):
+            model.resolved(Sampling(iterations=257))
+    if "method" in model.sampling_options:
+        assert model.resolved(Sampling(method="dopri5")) == Sampling(method="dopri5")
+    else:
+        with pytest.raises(ConfigError, match="1 to 1000 steps, got 1001"):
+            model.resolved(Sampling(steps=1001))
+
+
 def test_published_sampling_options():
     assert default_sampling("mar-b") == Sampling(guidance_scale=3.9, guidance_schedule="linear")
     assert default_sampling("mar-l").guidance_scale == 3.4

@@ -24,8 +24,8 @@ def test_same_samples_from_any_number_of_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = tiny_generator(tmp_path)
-    settings = {"count": 22, "sampling": QUICK, "rows_per_shard": 5, "batch_size": 3, "quiet": True}
-    whole = sample(generator, tmp_path / "one", **settings)
+    settings = {"count": 22, "sampling": QUICK, "rows_per_shard": 5, "batch_size": 3}
+    whole = sample(generator, tmp_path / "one", **settings, quiet=True)
     for rank in (2, 0, 1):
         parts = sample(generator, tmp_path / "three", processes=Rank(rank, 3), **settings)
         assert ("sample: 10/10 samples" in capsys.readouterr().err) == (rank == 0)
@@ -190,5 +190,5 @@ def test_broken_samples_and_bad_requests(tmp_path: Path) -> None:
         sampling_of(generator, guidance_scale=-1.0)
     for parameter in generator.model.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
-    with pytest.raises(NonFiniteError, match="sample number 0 and 1 more"):
+    with pytest.raises(NonFiniteError, match="2 of 2 samples, first number 0, are NaN"):
         sample(generator, tmp_path / "nan", count=2, sampling=QUICK, quiet=True)

@@ -20,7 +20,6 @@ from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.errors import ConfigError, DetokError, MismatchError
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines import sweep_output
-from detok_pipe.pipelines.score import read_records
 from detok_pipe.pipelines.sweep import (
     FLOW_SCALES,
     MAR_SCALES,
@@ -66,7 +65,7 @@ def test_grid_finds_the_lowest_and_scores_on_other_samples(tmp_path: Path) -> No
     assert scales == [result["best"], 1.0]
     assert {r["settings"]["samples"]["first"] for r in result["final"]} == {24}
     assert {r["settings"]["count"] for r in result["final"]} == {9}
-    assert len(read_records(tmp_path / "sweep" / "scores.jsonl")) == 6
+    assert len((tmp_path / "sweep" / "scores.jsonl").read_bytes().splitlines()) == 6
     search = open_sample_store(search_path(tmp_path / "sweep", 1.0)).read(0, 9)
     final = open_sample_store(unguided_path(tmp_path / "sweep")).read(0, 9)
     assert (search != final).all(axis=(1, 2)).all()
@@ -137,7 +136,7 @@ def test_published_grids_and_temperatures(tmp_path: Path) -> None:
     assert mar.scales == MAR_SCALES
     assert mar.unguided.temperature == 0.95
     assert mar.unguided.guidance_scale == 1.0
-    assert mar.unguided.iterations is None
+    assert (mar.unguided.iterations, mar.sampling.iterations) == (16, 16)
     assert mar.sampling.temperature == 1.0
 
 
