@@ -17,7 +17,7 @@ from detok_pipe.generators.generator import Generator
 from detok_pipe.latents.cache import LatentCache
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.sample_store import SampleStore
-from detok_pipe.pipelines.config import GeneratorConfig
+from detok_pipe.pipelines.config import Execution, GeneratorConfig
 from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
 from detok_pipe.pipelines.held_out import held_out_loss
@@ -72,6 +72,31 @@ class Preview:
             raise ConfigError(
                 "--score-every needs statistics of real images to compare with: name them with "
                 "--score-ref (fid-stats makes them)"
+            )
+        if self.reference is not None and self.score_every is None:
+            raise ConfigError(
+                f"--score-ref {self.reference} is for scores, and none are asked for: give the "
+                "steps between them with --score-every, or leave it out"
+            )
+
+    def check_keep_best(self, execution: Execution) -> None:
+        """Check that there are scores to keep the best checkpoint by, where that is asked for.
+
+        Raises:
+            ConfigError: there are none, or they fall between the checkpoints.
+        """
+        if execution.keep_best != "score":
+            return
+        if self.score_every is None:
+            raise ConfigError(
+                "--keep-best score needs scores: ask for them with --score-every and --score-ref, "
+                "or choose --keep-best loss"
+            )
+        if self.score_every % execution.checkpoint_every:
+            raise ConfigError(
+                f"--keep-best score: --score-every {self.score_every} is no multiple of "
+                f"--checkpoint-every {execution.checkpoint_every}, so some scores would belong to "
+                "no checkpoint; change one of the two"
             )
 
 

@@ -174,9 +174,11 @@ def train_generator(
     Raises:
         CacheError: the cache is missing, unfinished or damaged.
         CheckpointError: the run to begin with is missing, or of another network.
-        ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit`` and
-            ``open_run``.
+        ConfigError, MismatchError, LockedError, NonFiniteError, Interrupted: see ``fit``,
+            ``open_run`` and ``Preview``.
     """
+    preview = preview or Preview()
+    preview.check_keep_best(execution)
     cache = open_cache(latents)
     config = fitted_to(config, cache)
     accelerator, config = start(config, execution, out)
@@ -190,7 +192,6 @@ def train_generator(
     model = _build(config, cache)
     inputs: dict[str, Any] = {
         "cache": cache.fingerprint,
-        "cache_identity": cache.manifest.identity(),  # so that a mismatch can name the field
         "tokenizer": cache.tokenizer["fingerprint"],
     }
     facts: dict[str, Any] = {
@@ -203,6 +204,7 @@ def train_generator(
             "stats": cache.stats.to_json(),
         },
         "tokenizer": cache.tokenizer,
+        "made of": {"cache": cache.manifest.identity()},
     }
     if begin is not None:
         inputs["begin"] = {"run": str(begin.run.resolve()), "weights": begin.weights}
@@ -282,7 +284,7 @@ def train_generator(
         inputs=inputs,
         facts=facts,
         inspections=inspections(
-            preview or Preview(),
+            preview,
             config,
             cache,
             averaged,

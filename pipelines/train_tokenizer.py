@@ -120,6 +120,27 @@ def _count(tensors: Any) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
+def _check_keep_best(execution: Execution, validation: Validation) -> None:
+    """Check that there are scores to keep the best checkpoint by, where that is asked for.
+
+    Raises:
+        ConfigError: there are none, or they fall between the checkpoints.
+    """
+    if execution.keep_best != "score":
+        return
+    if validation.data is None or validation.features == "none":
+        missing = "images to score on (--val-data)"
+        if validation.data is not None:
+            missing = "a Fréchet distance, which --features none leaves out"
+        raise ConfigError(f"--keep-best score needs {missing}; give it, or choose --keep-best loss")
+    if validation.every % execution.checkpoint_every:
+        raise ConfigError(
+            f"--keep-best score: --eval-every {validation.every} is no multiple of "
+            f"--checkpoint-every {execution.checkpoint_every}, so some scores would belong to no "
+            "checkpoint; change one of the two"
+        )
+
+
 @flushed_denormals()
 def train_tokenizer(
     config: TokenizerConfig,
@@ -150,6 +171,8 @@ def train_tokenizer(
     """
     if execution.fsdp:
         raise ConfigError("--fsdp is for generators: a tokenizer's networks fit on one GPU")
+    validation = validation or Validation()
+    _check_keep_best(execution, validation)
     source = open_images(data)
     config = with_network_of(config, finetune)
     accelerator, config = start(config, execution, out)
@@ -250,7 +273,7 @@ def train_tokenizer(
             inputs=inputs,
             facts={"data": {"path": str(data), "images": len(source)}},
             inspections=inspections(
-                validation or Validation(),
+                validation,
                 config,
                 ema.module,
                 source,

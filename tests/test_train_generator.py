@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,7 +151,8 @@ def test_the_best_checkpoint_stays(folder, tmp_path, monkeypatch):
     execution = dataclasses.replace(
         QUIET, checkpoint_every=1, keep_checkpoints=1, keep_every=2, keep_best="score"
     )
-    train_generator(recipe(), folder / "cache", tmp_path / "run", execution)
+    preview = Preview(score_every=1, reference=tmp_path / "ref.npz")
+    train_generator(recipe(), folder / "cache", tmp_path / "run", execution, preview=preview)
     kept = [int(path.name[-1]) for path in checkpoint_paths(tmp_path / "run")]
     assert kept == [2, 3, 4, 6]
 
@@ -163,6 +165,21 @@ def test_scores_come_from_the_network_of_the_command_s_default():
 def test_a_score_without_a_reference_is_refused():
     with pytest.raises(ConfigError, match="--score-ref"):
         Preview(score_every=10)
+    with pytest.raises(ConfigError, match=r"--score-ref ref\.npz .*--score-every"):
+        Preview(reference=Path("ref.npz"))
+
+
+def test_the_best_by_score_needs_scores_of_checkpoints(folder, tmp_path):
+    scored = Preview(score_every=6, reference=tmp_path / "ref.npz")
+    best = dataclasses.replace(QUIET, keep_best="score")
+    for preview, words in (
+        (None, "--keep-best score needs scores.*--score-every"),
+        (scored, "--score-every 6 is no multiple of --checkpoint-every 4"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train_generator(recipe(), folder / "cache", tmp_path / "run", best, preview=preview)
+    assert not (tmp_path / "run").exists()
+    scored.check_keep_best(dataclasses.replace(best, checkpoint_every=3))
 
 
 def test_scores_need_a_tokenizer_and_grids_alone_do_without(folder, tmp_path):

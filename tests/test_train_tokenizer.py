@@ -248,6 +248,18 @@ def test_looking_at_a_training_leaves_no_trace(
     assert len(list((finished_tokenizer / "samples").iterdir())) == 2
 
 
+def test_the_best_by_score_needs_scores_of_checkpoints(tokenizer_images, tmp_path) -> None:
+    best = dataclasses.replace(QUIET, keep_best="score", checkpoint_every=4)
+    for look, words in (
+        (None, "--keep-best score needs images to score on .*--val-data"),
+        (Validation(data=tokenizer_images, features="none"), "--features none"),
+        (Validation(data=tokenizer_images, every=6), "--eval-every 6 is no multiple of .* 4"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train_tokenizer(PLAIN, tokenizer_images, tmp_path / "run", best, validation=look)
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_too_small_for_the_discriminator_are_refused(tokenizer_images, tmp_path) -> None:
     small = dataclasses.replace(ADVERSARIAL, image_size=16)
     with pytest.raises(ConfigError, match="image_size 16 set adversarial_start=null"):
