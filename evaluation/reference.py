@@ -34,7 +34,7 @@ from detok_pipe.evaluation.weights import (
     sha256_file,
 )
 from detok_pipe.latents.atomic import atomic_file
-from detok_pipe.latents.errors import InputError, MismatchError
+from detok_pipe.latents.errors import InputError, MismatchError, input_errors
 
 PUBLISHED = {
     "imagenet-256": PublishedFile(
@@ -54,7 +54,7 @@ that ours could be held against. It reads what ``export-images`` writes.
 """
 
 _MADE_FROM = "detok"
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, EOFError)
+_UNREADABLE = "the reference {} is no readable .npz of numbers"
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,16 @@ class Reference:
         """Images [start, stop) of the file as uint8 (b, 3, H, W), read a batch at a time.
 
         Raises:
-            InputError: it has none, or is cut short.
+            InputError: it has none, or is damaged or cut short.
         """
         if self.image_shape is None:
             raise InputError(f"{self.path} holds no images (array arr_0)")
         count, *shape = self.image_shape
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+        with (
+            input_errors(_UNREADABLE.format(self.path)),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open("arr_0.npy") as file,
+        ):
             _read_header(file)
             file.seek(start * math.prod(shape), io.SEEK_CUR)
             stop = count if stop is None else stop
@@ -218,7 +222,7 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
         check_sha256(path, sha256)
     if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to unpickle it
         raise InputError(f"the reference {path} is no .npz: damaged, cut short or another file")
-    try:
+    with input_errors(_UNREADABLE.format(path)):
         with np.load(path, allow_pickle=False) as arrays:
             names = set(arrays.files)
             made_from = dict(json.loads(str(arrays[_MADE_FROM]))) if _MADE_FROM in names else {}
@@ -231,8 +235,6 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
                     made_from.get("count"),
                 )
         shape = _image_shape(path) if "arr_0" in names else None
-    except _UNREADABLE as error:
-        raise InputError(f"the reference {path} is no readable .npz of numbers: {error}") from error
     if stats is None and features is not None:
         stats = feature_stats(features)
     if stats is None and shape is None:

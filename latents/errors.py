@@ -6,6 +6,9 @@ exits with its ``exit_code``. Every message names the file or option, says what 
 keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DetokError(Exception):
     """Base of all errors that a user can act on; ``exit_code`` is the process's exit code."""
@@ -55,3 +58,15 @@ class Interrupted(DetokError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+@contextmanager
+def input_errors(problem: str) -> Iterator[None]:
+    """Turns whatever the reader of a damaged file raises into an InputError: ``problem``, then
+    the reader's own words."""
+    try:
+        yield
+    except DetokError:  # Interrupted, by a signal, among them
+        raise
+    except Exception as error:  # numpy, zipfile, PIL and safetensors raise errors of any kind
+        raise InputError(f"{problem}: {type(error).__name__}: {error}") from error

@@ -1,6 +1,8 @@
 """Statistics files of ADM, pytorch-fid and clean-fid, ours, and files that must be refused."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,20 @@ def test_a_published_reference_is_found_by_name_and_its_digest_checked(
     np.savez(tmp_path / "mine.npz", mu=MU, sigma=SIGMA)
     (tmp_path / "mine.npz").rename("imagenet-256")
     assert find_reference(name).path == name  # a file of that name comes first
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_flipped_bits_are_refused(tmp_path: Path, save: Callable[..., None]) -> None:
+    path = tmp_path / "images.npz"
+    save(path, np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8))
+    data = path.read_bytes()
+    accepted = 0
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :])
+        with contextlib.suppress(InputError):
+            list(read_reference(path).images(3))
+            accepted += 1
+    assert accepted < len(data) / 2
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
