@@ -18,7 +18,7 @@ import numpy as np
 
 from detok_pipe.latents.errors import CacheError
 from detok_pipe.latents.manifest import MANIFEST, Manifest, check_file, read_manifest
-from detok_pipe.latents.publish import INDEX, INDEX_DTYPE, PLAN
+from detok_pipe.latents.publish import INDEX, INDEX_DTYPE, PLAN, label_end
 from detok_pipe.latents.row_reader import RowReader
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter, unfinished_message
@@ -151,10 +151,11 @@ def read_index(path: Path, manifest: Manifest) -> np.ndarray:
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
         raise CacheError(f"{where} is damaged: {index.dtype} of shape {index.shape}")
     labels = index["label"]
-    top = len(manifest.class_names) or np.iinfo(np.int32).max
-    if labels.min() < -1 or labels.max() >= top:
+    end = label_end(manifest.class_names)
+    if labels.min() < -1 or labels.max() >= end:
         raise CacheError(
-            f"{where} is damaged: labels {labels.min()} ... {labels.max()}, {top} names"
+            f"{where} is damaged: labels {labels.min()} ... {labels.max()}; the cache's are "
+            f"-1 ... {end - 1}"
         )
     return index
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +92,12 @@ class Contents:
         hashed = hashlib.sha256(canonical_json([self.plan.to_json(), self.stats.to_json()]))
         hashed.update(index_bytes(self.labels, self.source_ids))
         return hashed.hexdigest()
+
+
+def label_end(class_names: Sequence[str]) -> int:
+    """One more than the largest label: of those with a name or, without names, of those that fit
+    into ``index.npy``. The smallest is -1, unlabelled."""
+    return len(class_names) or int(np.iinfo(INDEX_DTYPE["label"]).max)
 
 
 @contextmanager
@@ -300,12 +306,13 @@ def plan_of(manifest: Manifest) -> CachePlan:
 
 def contents_of(folder: Path, manifest: Manifest, index: np.ndarray) -> Contents:
     """All of a finished cache but its rows, from its checked manifest and index."""
-    lines = (folder / QUARANTINE).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    # Split as bytes: str.splitlines() would also end a line at U+2028 and others inside a name.
+    lines = (folder / QUARANTINE).read_bytes().splitlines()
     return Contents(
         plan_of(manifest),
         manifest.latent_stats,
         manifest.measured_stats,
         np.ascontiguousarray(index["label"]),
         np.ascontiguousarray(index["source_id"]),
-        tuple(Quarantined(**json.loads(line)) for line in lines),
+        tuple(Quarantined(**json.loads(x.decode("utf-8", "surrogateescape"))) for x in lines),
     )

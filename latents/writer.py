@@ -39,6 +39,7 @@ from detok_pipe.latents.publish import (
     Contents,
     Quarantined,
     clean_up,
+    label_end,
     needs_clean_up,
     publish,
     working_lock,
@@ -139,13 +140,13 @@ class CacheWriter:
             shard: its number.
             moments: by view, posterior mean and std, fp32, (R, N, C) of the R readable images
                 (std may be None in a plan without it).
-            labels: (R,), -1 where unlabelled.
+            labels: (R,) numbers of classes, -1 where unlabelled.
             source_ids: (R,) source numbers, in the order of :meth:`rows`.
             quarantined: (source number, path, reason) of the others of :meth:`rows`.
 
         Raises:
             NonFiniteError: a value is not finite; names the image.
-            ConfigError: shapes or source numbers do not fit the plan.
+            ConfigError: shapes, source numbers or labels do not fit the plan.
             StorageError: the disk is full or read-only.
         """
         tensors = self._checked(shard, moments, labels, source_ids, quarantined)
@@ -282,6 +283,13 @@ class CacheWriter:
             )
         if len(labels) != len(source_ids):
             raise ConfigError(f"shard {shard}: {len(labels)} labels for {len(source_ids)} rows")
+        end = label_end(self.plan.class_names)
+        for image, label in zip(source_ids, labels, strict=True):
+            if not -1 <= label < end:
+                raise ConfigError(
+                    f"shard {shard}: image {image} has the label {label}; possible are -1 "
+                    f"(unlabelled) to {end - 1}"
+                )
         shape = (len(source_ids), self.plan.tokens, self.plan.channels)
         tensors: dict[str, np.ndarray] = {}
         if set(moments) != set(self.plan.views):

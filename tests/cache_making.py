@@ -44,7 +44,8 @@ def label_of(source_ids):
 def encode_shard(writer, shard, bad=()):
     """What the encoder gives for a shard: the arguments of ``commit`` behind the shard number."""
     rows = writer.rows(shard)
-    lost = [(int(i), f"dir/{i}.png", "cut short") for i in rows if int(i) in bad]
+    # Such a line separator in a name ends no line of quarantine.jsonl.
+    lost = [(int(i), f"dir/{i}\u2028\x85.png", "cut short") for i in rows if int(i) in bad]
     good = np.array([i for i in rows if int(i) not in bad], np.int64)
     moments = {view: moments_of(good, view) for view in writer.plan.views}
     return moments, label_of(good), good, lost

@@ -53,7 +53,7 @@ def test_each_image_once_normalised_with_exact_statistics(tmp_path, store_format
     np.testing.assert_allclose(written.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(written.std(0), 1, atol=1e-3)
 
-    lines = (tmp_path / "c" / "quarantine.jsonl").read_text().splitlines()
+    lines = (tmp_path / "c" / "quarantine.jsonl").read_bytes().splitlines()
     assert [json.loads(x)["source_id"] for x in lines] == sorted(bad)
     assert all(json.loads(x)["reason"] == "cut short" for x in lines)
 
@@ -195,6 +195,8 @@ def test_commit_refuses_what_does_not_fit(tmp_path):
     for arguments in (
         (moments, labels, ids[::-1].copy()),
         (moments, labels[:-1], ids),
+        (moments, np.where(labels == 2, 3, labels), ids),  # three names
+        (moments, np.where(labels == -1, -2, labels), ids),
         ({"image": moments["image"]}, labels, ids),
         (moments, labels, ids, [(int(ids[0]), "p", "r")]),
         ({k: (m[:-1], s[:-1]) for k, (m, s) in moments.items()}, labels, ids),
@@ -243,13 +245,14 @@ def test_damaged_raw_shard_is_found(tmp_path):
 
 
 def test_sources_are_kept_with_odd_names(tmp_path):
-    paths = [f"a b/é\n{i}\udcff.png" for i in range(37)]
+    paths = [f"a b/é\n{i}\udcff\u2028\x85.png" for i in range(37)]
     writer = CacheWriter.open(tmp_path / "c", plan_of(), paths=paths)
     for shard in writer.pending():
         writer.commit(shard, *encode_shard(writer, shard))
     writer.finalize()
-    text = (tmp_path / "c" / "sources.jsonl").read_bytes().decode("utf-8", "surrogateescape")
-    assert [json.loads(line)["path"] for line in text.splitlines()] == paths
+    lines = (tmp_path / "c" / "sources.jsonl").read_bytes().splitlines()
+    found = [json.loads(line.decode("utf-8", "surrogateescape"))["path"] for line in lines]
+    assert found == paths
     assert any(r.path == "sources.jsonl" for r in open_cache(tmp_path / "c").manifest.files)
 
 
