@@ -12,17 +12,17 @@ Values are taken as they are, unscaled. The rows are then normalised like any ot
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.errors import InputError, input_errors
 from detok_pipe.latents.manifest import Manifest, read_json
+from detok_pipe.latents.names import printable
 from detok_pipe.latents.plan import (
     FIELDS,
     ROWS_PER_RECORD,
@@ -33,13 +33,12 @@ from detok_pipe.latents.plan import (
     shard_rows,
 )
 from detok_pipe.latents.posterior import LOGVAR_MAX, LOGVAR_MIN
+from detok_pipe.latents.publish import label_end
 from detok_pipe.latents.stats import LatentStats
 from detok_pipe.latents.writer import CacheWriter
 
 Kind = Literal["mar", "lightningdit", "edm2"]
 Item = dict[str, np.ndarray]  # "view/field" -> (C, h, w)
-
-_BAD_FILE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ class ForeignCache:
 
     Attributes:
         path: its folder. kind: its form.
-        names: of the images, (N,). labels: (N,) int32, -1 where unknown.
+        names: of the images, (N,), printable. labels: (N,) int32, -1 where unknown.
         class_names: by label; empty where only numbers are known.
-        views, fields: what it holds. read: item i; raises one of the errors of a bad file.
+        views, fields: what it holds. read: item i; raises anything where its file is damaged.
+        sizes: bytes of each file, in the order of the names (a file may hold many images).
     """
 
     path: Path
@@ -72,17 +72,26 @@ class ForeignCache:
             "count": len(self.names),
         }
 
+    def item(self, i: int) -> Item:
+        """Item i.
+
+        Raises:
+            InputError: it cannot be read; says why, without its name.
+        """
+        with input_errors("it cannot be read"):
+            return self.read(i)
+
     def shape(self) -> tuple[int, ...]:
         """(C, h, w) of the first item that can be read, or (C, N).
 
         Raises:
             InputError: none can be, or it is of another shape.
         """
-        reason: Exception | None = None
+        reason: InputError | None = None
         for i in range(len(self.names)):
             try:
-                shape = self.read(i)["image/mean"].shape
-            except _BAD_FILE as error:
+                shape = self.item(i)["image/mean"].shape
+            except InputError as error:
                 reason = reason or error
                 continue
             if len(shape) not in (2, 3) or 0 in shape:
@@ -183,9 +192,9 @@ def _import_shard(
     quarantined: list[tuple[int, str, str]] = []
     for i in writer.rows(shard).tolist():
         try:
-            item = _checked(foreign.read(i), shape)
-        except _BAD_FILE as error:
-            quarantined.append((i, foreign.names[i], f"{type(error).__name__}: {error}"))
+            item = _checked(foreign.item(i), shape)
+        except InputError as error:
+            quarantined.append((i, foreign.names[i], str(error)))
             continue
         ids.append(i)
         items.append(item)
@@ -206,10 +215,26 @@ def _import_shard(
 def _checked(item: Item, shape: tuple[int, ...]) -> Item:
     for name, values in item.items():
         if values.shape != shape:
-            raise ValueError(f"{name} has shape {values.shape} instead of {shape}")
+            raise InputError(f"{name} has shape {values.shape} instead of {shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite")
+            raise InputError(f"{name} is not finite")
     return item
+
+
+def _checked_labels(labels: Sequence[Any], path: Path) -> np.ndarray:
+    """Labels (N,) int32 of what a file gives.
+
+    Raises:
+        InputError: one is no whole number, or outside what a cache can hold.
+    """
+    end = label_end(())
+    for label in labels:
+        if not isinstance(label, int) or not -1 <= label < end:
+            raise InputError(
+                f"{path}: {str(label)[:80]} is no label; labels must be whole numbers from -1 "
+                f"(unlabelled) to {end - 1}"
+            )
+    return np.array(labels, np.int32)
 
 
 def _halves(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,9 +264,9 @@ def _open_mar(root: Path, files: list[Path]) -> ForeignCache:
     return ForeignCache(
         root,
         "mar",
-        [p.relative_to(root).as_posix() for p in files],
+        [printable(p.relative_to(root).as_posix()) for p in files],
         np.array(labels, np.int32),
-        () if flat else tuple(classes),
+        () if flat else tuple(map(printable, classes)),
         VIEWS,
         FIELDS,
         read,
@@ -254,12 +279,12 @@ def _open_lightningdit(root: Path, files: list[Path]) -> ForeignCache:
     labels: list[np.ndarray] = []
     places: list[tuple[Path, int]] = []
     for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                found = np.asarray(file.get_tensor("labels")).astype(np.int32)
-                rows = file.get_slice("latents").get_shape()[0]
-        except _BAD_FILE as error:
-            raise InputError(f"{path} is no shard of latents: {error}") from error
+        with (
+            input_errors(f"{path} is no shard of latents"),
+            safe_open(path, framework="pt") as file,
+        ):
+            found = _checked_labels(file.get_tensor("labels").tolist(), path)
+            rows = file.get_slice("latents").get_shape()[0]
         if len(found) != rows:
             raise InputError(f"{path} has {len(found)} labels for {rows} latents")
         labels.append(found)
@@ -268,9 +293,9 @@ def _open_lightningdit(root: Path, files: list[Path]) -> ForeignCache:
 
     def read(i: int) -> Item:
         path, row = places[i]
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="pt") as file:  # numpy has no bfloat16
             return {
-                f"{view}/mean": file.get_slice(name)[row : row + 1][0].astype(np.float32)
+                f"{view}/mean": file.get_slice(name)[row : row + 1][0].float().numpy()
                 for view, name in zip(VIEWS, ("latents", "latents_flip"), strict=True)
             }
 
@@ -286,10 +311,10 @@ def _open_edm2(root: Path, files: list[Path]) -> ForeignCache:
     if listed.exists():
         value = read_json(listed)
         try:
-            known = {str(name): int(label) for name, label in (value["labels"] or [])}
+            known = {str(name): label for name, label in (value["labels"] or [])}
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{listed} does not list labels as EDM2 does: {error!r}") from error
-        labels = np.array([known.get(name, -1) for name in names], np.int32)
+        labels = _checked_labels([known.get(name, -1) for name in names], listed)
 
     def read(i: int) -> Item:
         mean, std = _halves(np.load(files[i], allow_pickle=False))
@@ -298,4 +323,5 @@ def _open_edm2(root: Path, files: list[Path]) -> ForeignCache:
         return {"image/mean": mean, "image/std": std}
 
     sizes = [p.stat().st_size for p in files]
+    names = list(map(printable, names))
     return ForeignCache(root, "edm2", names, labels, (), VIEWS[:1], FIELDS, read, sizes)

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.names import printable
 from detok_pipe.pipelines.decode import MAX_PIXELS, decode
 
 EXTENSIONS = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -53,7 +54,7 @@ class ImageSource(ABC):
     ) -> None:
         self.path = path
         self.labels = np.asarray(labels, dtype=np.int32)
-        self.class_names = [_printable(name) for name in class_names]
+        self.class_names = [printable(name) for name in class_names]
         self.max_pixels = max_pixels
         self._identity: dict[str, Any] | None = None
 
@@ -107,11 +108,6 @@ class ImageSource(ABC):
         return self._identity
 
 
-def _printable(name: str) -> str:
-    """A name as Unicode that can be shown and stored; bytes that are none become ``\\xff``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 class FileImages(ImageSource):
     """Images that are files; names are relative to ``root`` unless they are absolute."""
 
@@ -129,7 +125,7 @@ class FileImages(ImageSource):
         self._names = names
 
     def name(self, index: int) -> str:
-        return _printable(self._names[index])
+        return printable(self._names[index])
 
     def size(self, index: int) -> int:
         try:
@@ -167,7 +163,7 @@ class TarImages(ImageSource):
         self._ranges = np.array([member[2:] for member in members], dtype=np.int64)  # (N, 2)
 
     def name(self, index: int) -> str:
-        return _printable(f"{self._tars[self._tar[index]].name}/{self._names[index]}")
+        return printable(f"{self._tars[self._tar[index]].name}/{self._names[index]}")
 
     def size(self, index: int) -> int:
         return int(self._ranges[index, 1])
