@@ -8,6 +8,7 @@ import click
 
 from detok_pipe.pipelines.cli_cache_options import (
     CACHE,
+    Target,
     encoding_options,
     given_stats,
     image_options,
@@ -126,22 +127,25 @@ def encode(
 
 
 @click.command("finalize")
-@click.argument("cache", type=FOLDER)
+@click.argument("cache", type=Target())
 @quiet_option
 @click.pass_context
-def finalize(context: click.Context, cache: Path, quiet: bool) -> None:
+def finalize(context: click.Context, cache: "Place", quiet: bool) -> None:
     """Finish a cache whose shards are all written. The last encode does this by itself.
+
+    CACHE is the --out of that encode; of a URL, the shards are in the staging folder
+    $DETOK_STAGING.
 
     \b
     Example:
       detok-pipe finalize cache
+      detok-pipe finalize s3://set/cache
     """
-    from detok_pipe.latents.place import Place
     from detok_pipe.latents.writer import CacheWriter
     from detok_pipe.pipelines.encode import finish
 
-    manifest = finish(CacheWriter.resume(cache), quiet=quiet)
-    _finished(context, Place(str(cache)), manifest, 0, quiet)
+    manifest = finish(CacheWriter.resume(cache.folder), quiet=quiet)
+    _finished(context, cache, manifest, 0, quiet)
 
 
 @click.command("convert")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from cache_making import tree
+from cache_making import plan_of, tree, write_cache
 from PIL import Image
 
 from detok_pipe.latents.cache import open_cache
+from detok_pipe.latents.place import Place
 from detok_pipe.pipelines import commands_cache
 from detok_pipe.pipelines.cli import main
 from detok_pipe.pipelines.config import TokenizerConfig, to_json
@@ -234,6 +235,17 @@ def test_caches_and_images_at_urls(tokenizer, images, tmp_path, capsys, monkeypa
     assert open_cache(tmp_path / "far" / "cache-zarr").manifest.format == "zarr"
     assert run("info", f"{url}-none") == 2
     assert "no finished latent cache at" in capsys.readouterr().err
+
+
+def test_a_cache_at_a_url_is_finished_where_encode_was_killed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETOK_STAGING", str(tmp_path / "staging"))
+    url = f"file://{tmp_path}/far/cache"
+    assert run("finalize", url, "-q") == 2
+    assert "is no latent cache" in capsys.readouterr().err
+    write_cache(Place(url).folder, plan_of(), bad=(3,), finalize=False)
+    assert run("finalize", url, "-q") == 3
+    assert f"{url}: 36 images" in capsys.readouterr().out
+    assert open_cache(tmp_path / "far" / "cache").num_rows == 36
 
 
 @pytest.mark.parametrize(
