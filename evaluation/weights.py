@@ -7,6 +7,7 @@ read from it.
 
 import hashlib
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -103,7 +104,7 @@ def find_published(
     if download:
         try:
             return _downloaded(file, places[-1])
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (OSError, HTTPException) as error:
             reason = f"the download of {file.url} failed: {getattr(error, 'reason', error)}"
     raise WeightsError(
         f"{file.name}, {file.purpose}, was not found (looked in "
@@ -121,8 +122,11 @@ def _downloaded(file: PublishedFile, target: Path) -> Path:
     ):
         size = int(response.headers.get("Content-Length", 0))
         shown = tqdm.wrapattr(response, "read", total=size or None, desc=file.name)
-        with shown as stream, temporary.open("wb") as out:
-            shutil.copyfileobj(stream, out)
+        try:
+            with shown as stream, temporary.open("wb") as out:
+                shutil.copyfileobj(stream, out)
+        except ssl.SSLError as error:  # its number would be taken for one of the disk's
+            raise urllib.error.URLError(error) from error
         found = sha256_file(temporary)
         if not found.startswith(file.sha256):
             raise WeightsError(

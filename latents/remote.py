@@ -25,7 +25,13 @@ import fsspec
 from filelock import FileLock
 
 from detok_pipe.latents.atomic import atomic_file, crc32c_file, storage_errors, write_json
-from detok_pipe.latents.errors import CacheError, ConfigError, DetokError, InputError
+from detok_pipe.latents.errors import (
+    CacheError,
+    ConfigError,
+    DetokError,
+    InputError,
+    StorageError,
+)
 from detok_pipe.latents.manifest import check_relative
 
 STAGING_VARIABLE = "DETOK_STAGING"
@@ -145,11 +151,18 @@ class Remote:
 
         Raises:
             StorageError: full, read-only or not permitted.
+            InputError: it cannot be reached.
         """
-        where = self._at(name)
-        with storage_errors(f"{self.url}/{name}"), self._errors(name):
-            self._files.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
-            self._files.put_file(str(source), where)
+        where, url = self._at(name), f"{self.url}/{name}"
+        with storage_errors(url), self._errors(name):
+            try:
+                self._files.makedirs(where.rsplit("/", 1)[0], exist_ok=True)
+                self._files.put_file(str(source), where)
+            except PermissionError as error:  # some kinds of storage give it no errno
+                raise StorageError(
+                    f"cannot write {url}: not permitted ({error}); choose another target or "
+                    "change its permissions"
+                ) from error
 
 
 def on_each(items: Collection[Job], work: Callable[[Job], None], progress: Progress) -> None:

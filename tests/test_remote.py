@@ -1,5 +1,6 @@
 """Caches and images at URLs, with fsspec's own local and memory file systems."""
 
+import errno
 import os
 import shutil
 import threading
@@ -197,6 +198,21 @@ def test_urls_that_cannot_be_opened(here, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     shutil.copytree(here, place.folder)
     with pytest.raises((StorageError, InputError), match="file/below"):
+        place.publish()
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no"), PermissionError("AccessDenied")]
+)
+def test_a_target_that_is_not_permitted(url, here, monkeypatch, error):
+    place = Place(url)
+    shutil.copytree(here, place.folder)
+
+    def refused(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(type(fsspec.core.url_to_fs(url)[0]), "put_file", refused)
+    with pytest.raises(StorageError, match=r"cannot write .*manifest\.json: not permitted"):
         place.publish()
 
 

@@ -1,9 +1,11 @@
 """Published files: found, downloaded, and refused where the checksum is wrong."""
 
 import hashlib
+import ssl
 import threading
 from collections.abc import Iterator
 from functools import partial
+from http.client import HTTPResponse
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -76,6 +78,19 @@ def test_download_is_checked(hub: Path, server: str) -> None:
     assert find_published(_file(server)).read_bytes() == CONTENT
     with pytest.raises(WeightsError, match=r"404|not found|File not found"):
         find_published(PublishedFile("b", f"{server}.none", DIGEST, "purpose"))
+
+
+@pytest.mark.parametrize("error", [ssl.SSLError(1, "bad record mac"), OSError(113, "no route")])
+def test_a_broken_download_names_the_remedy(
+    hub: Path, server: str, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def broken(self: HTTPResponse, *arguments: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(HTTPResponse, "read", broken)
+    with pytest.raises(WeightsError, match=r"the download of .* failed: .*--weights-dir"):
+        find_published(_file(server))
+    assert list(hub.iterdir()) == []
 
 
 def test_damaged_local_file_is_an_error_not_a_download(hub: Path, server: str) -> None:
