@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from detok_pipe.generators.stats_import import read_channel_stats
 from detok_pipe.latents.errors import ConfigError
@@ -43,7 +43,7 @@ def read_stats(path: Path, channels: int) -> LatentStats:
     elif path.suffix == ".safetensors":
         try:
             tensors = load_file(path)
-            mean, std = (tensors[name].reshape(-1) for name in ("mean", "std"))
+            mean, std = (tensors[name].double().reshape(-1).numpy() for name in ("mean", "std"))
         except (SafetensorError, KeyError, OSError) as error:
             raise ConfigError(f"{path} holds no tensors mean and std: {error}") from error
         stats = LatentStats(mean, std)

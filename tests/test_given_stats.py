@@ -4,8 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from cache_making import CHANNELS, plan_of, write_cache
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CacheError, CheckpointError, ConfigError
@@ -32,6 +34,14 @@ def test_of_safetensors(tmp_path, shape):
     save_file({"mean": MEAN.reshape(shape), "std": STD.reshape(shape)}, tmp_path / "s.safetensors")
     stats = read_stats(tmp_path / "s.safetensors", 4)
     np.testing.assert_array_equal([stats.mean, stats.std], [MEAN, STD])
+
+
+def test_of_safetensors_in_bfloat16(tmp_path):
+    tensors = {"mean": torch.from_numpy(MEAN).bfloat16(), "std": torch.from_numpy(STD).bfloat16()}
+    save_torch_file(tensors, tmp_path / "s.safetensors")
+    stats = read_stats(tmp_path / "s.safetensors", 4)
+    np.testing.assert_array_equal(stats.mean, MEAN)  # each exact in bfloat16
+    np.testing.assert_allclose(stats.std, STD, rtol=2**-8)
 
 
 def test_of_a_released_pickle(tmp_path):
