@@ -283,17 +283,6 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
             file.write(line)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; lines that were cut short are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 def check_comparable(records: Iterable[Mapping[str, Any]]) -> None:
     """Check that records differ in nothing but the guidance scale.
 
