@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.errors import InputError, input_errors
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines.find_tokenizer import find_tokenizer
 from detok_pipe.pipelines.inspection import samples_folder
@@ -180,11 +180,8 @@ def training_pictures(run: Path, *, most: int = 6) -> dict[str, list[ImageRow]]:
 
 
 def _picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise InputError(f"{path} is no whole image; remove it: {error}") from error
+    with input_errors(f"{path} is no whole image; remove it"), Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def tokenizer_of(result: Mapping[str, Any]) -> TokenizerChoice:

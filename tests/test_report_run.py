@@ -225,6 +225,11 @@ def test_pictures_of_the_training_are_shown_evenly(tmp_path) -> None:
     labels = [row.label for row in found["reconstructions"]]
     assert labels == [f"step {step}" for step in (20, 40, 60, 80, 100, 120)]
     assert [row.label for row in training_pictures(tmp_path, most=1)["samples"]] == ["step 120"]
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"step-00000120-reconstructions\.png is no whole image"):
-        training_pictures(tmp_path)
+    whole = path.read_bytes()
+    flipped = whole[:40] + bytes([whole[40] ^ 64]) + whole[41:]  # in the second chunk's name
+    for damaged in (whole[:40], flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            InputError, match=r"step-00000120-reconstructions\.png is no whole image"
+        ):
+            training_pictures(tmp_path)
