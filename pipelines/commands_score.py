@@ -168,7 +168,10 @@ def score(samples: Path, tokenizer: TokenizerChoice | None, num: int | None, **v
 @click.argument("run", type=FOLDER)
 @reference_options
 @tokenizer_option(required=False)
-@out_option("Where to write. Default: RUN/sweep.", required=False)
+@out_option(
+    "Where to write. Default: RUN/sweep, or RUN/sweep-step-N for RUN/checkpoints/step-N.",
+    required=False,
+)
 @click.option("--scales", help="Scales with commas: 3,3.5,4. Default: the published grid.")
 @num_option(4, help="Samples a scale.", default=10_000, show_default=True)
 @click.option(
@@ -196,11 +199,12 @@ def sweep_cfg(run: Path, **values: Any) -> None:
     """Find the best guidance scale of the generator RUN, then score there and at scale 1.
 
     Writes sweep.json, sweep.png, samples-by-scale.png and all samples. The same command again
-    goes on where it stopped.
+    goes on where it stopped. RUN may be one of a run's checkpoints.
 
     \b
     Example:
       detok-pipe sweep-cfg runs/mar-l --ref imagenet-256
+      detok-pipe sweep-cfg runs/mar-l/checkpoints/step-00100000 --ref imagenet-256
       detok-pipe sweep-cfg runs/sit-b --ref adm_in256_stats.npz --search halving
     """
     from detok_pipe.latents.sample_store import open_sample_store
@@ -231,7 +235,7 @@ def sweep_cfg(run: Path, **values: Any) -> None:
         precision=values["precision"],
         batch_size=values["batch_size"],
     )
-    out = values["out"] or run / "sweep"
+    out = values["out"] or _sweep_folder(run)
     result = sweep(
         plan,
         generator,
@@ -250,6 +254,14 @@ def sweep_cfg(run: Path, **values: Any) -> None:
         click.echo(sweep_output.sweep_table(result))
         for warning in result["warnings"]:
             click.echo(f"warning: {warning}", err=True)
+
+
+def _sweep_folder(run: Path) -> Path:
+    """Where a sweep of ``run`` goes by default: never into a checkpoint, which its run removes."""
+    from detok_pipe.pipelines.find_tokenizer import run_of
+
+    whole = run_of(run)
+    return run / "sweep" if whole == run else whole / f"sweep-{run.resolve().name}"
 
 
 def _numbers(

@@ -14,6 +14,13 @@ from detok_pipe.pipelines.tokenizers import open_tokenizer
 from detok_pipe.pipelines.trained import TrainedTokenizer, check_tokenizer_fits, load_tokenizer
 
 
+def run_of(path: Path) -> Path:
+    """The run directory that a checkpoint's folder lies in; any other path is returned as it is."""
+    whole = path.resolve()
+    # Not by its record: a sample store goes on naming a checkpoint that has been removed.
+    return whole.parent.parent if whole.match("checkpoints/step-????????") else path
+
+
 def find_tokenizer(
     encoder: Mapping[str, Any],
     *beside: Path,
@@ -27,8 +34,8 @@ def find_tokenizer(
     Args:
         encoder: identity of the encoder that the latents come from; its "fingerprint" at least,
             the rest is then read from the records of ``beside``.
-        beside: run directories or a cache; tokenizers' runs are looked for in the folders that
-            hold them.
+        beside: run directories, checkpoints of some, or a cache; tokenizers' runs are looked for
+            in the folders that hold the runs and the cache.
         named: a tokenizer; with weights alone, those of the published one that made the latents.
         download: whether weights of a published one may be downloaded.
 
@@ -91,7 +98,7 @@ def tokenizer_if_any(
 
 def _whole(encoder: Mapping[str, Any], beside: tuple[Path, ...]) -> dict[str, Any]:
     """``encoder``, or the same one as a generator's record describes it."""
-    for run in beside:
+    for run in dict.fromkeys(path for each in beside for path in (each, run_of(each))):
         try:
             record = json.loads((run / CONFIG).read_bytes())["tokenizer"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -105,7 +112,7 @@ def _neighbour(
     encoder: Mapping[str, Any], beside: tuple[Path, ...], device: torch.device | str
 ) -> TrainedTokenizer:
     """A tokenizer's run in the folders that hold ``beside``, whose encoder made the latents."""
-    folders = list(dict.fromkeys(path.resolve().parent for path in beside))
+    folders = list(dict.fromkeys(run_of(path).resolve().parent for path in beside))
     for config in (config for folder in folders for config in sorted(folder.glob(f"*/{CONFIG}"))):
         try:
             if json.loads(config.read_bytes()).get("kind") != "tokenizer":

@@ -13,6 +13,8 @@ from detok_pipe.evaluation.reference import write_reference
 from detok_pipe.evaluation.weights import INCEPTION
 from detok_pipe.latents.sample_store import open_sample_store
 from detok_pipe.pipelines.cli import main
+from detok_pipe.pipelines.commands_score import _sweep_folder
+from detok_pipe.pipelines.report_facts import gather_run
 
 NETWORK = ("--features", "efficientnet-lite2", "--resolution", "64", "--quiet")
 QUICK = ("--steps", "3", "--method", "euler", "--batch-size", "10", "--quiet")
@@ -134,6 +136,26 @@ def test_sweep(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "edge of the grid" in output.err
     for name in ("sweep.json", "sweep.png", "samples-by-scale.png", "scores.jsonl"):
         assert (out / name).is_file()
+
+
+def test_a_sweep_of_a_checkpoint_goes_to_its_run(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint itself may be removed; its tokenizer is the one beside the run."""
+    for name in ("tok", "gen"):
+        shutil.copytree(runs / name, tmp_path / name)
+    checkpoint = tmp_path / "gen" / "checkpoints" / "step-00000001"
+    before = sorted(checkpoint.iterdir())
+    arguments = ("--ref", runs / "reference.npz", "--scales", "1,3", "--num", 4, *NETWORK, *QUICK)
+    assert run("sweep-cfg", checkpoint, "--final-num", 0, *arguments) == 0
+    sweep = tmp_path / "gen" / "sweep-step-00000001"
+    assert (sweep / "sweep.json").is_file()
+    assert sorted(checkpoint.iterdir()) == before
+    (found,) = gather_run(tmp_path / "gen").sweeps
+    assert found.name == sweep.name
+    monkeypatch.chdir(checkpoint)
+    assert _sweep_folder(Path()) == sweep
+    assert _sweep_folder(tmp_path / "gen") == tmp_path / "gen" / "sweep"
 
 
 def test_errors_say_what_to_do(
