@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detok_pipe.generators.patch import token_grid
 from detok_pipe.generators.registry import build_generator, check_options, generator_size
 from detok_pipe.generators.state_dicts import fitted, state_dict_of, unpickled
 from detok_pipe.latents.errors import CheckpointError
@@ -107,6 +108,13 @@ def import_generator(
                 f"{source} has {tokens} tokens, which are no square; give the latent grid"
             )
         grid = (side * options.get("patch_size", 1),) * 2
+    # Before a network of that grid is built, which may need more memory than there is.
+    wanted = math.prod(token_grid(grid, options.get("patch_size", 1)))
+    if wanted != tokens:
+        raise CheckpointError(
+            f"{source} has {tokens} tokens, the grid {'x'.join(map(str, grid))} makes {wanted}; "
+            "give the latent grid that it was trained with"
+        )
     with torch.random.fork_rng(devices=[]):
         module = build_generator(
             name, grid=grid, channels=channels, num_classes=num_classes, **options

@@ -113,6 +113,8 @@ def test_forms_that_shapes_tell(tmp_path):
         released = read_released(written(tmp_path, module.state_dict()))
         with pytest.raises(CheckpointError, match="give the latent grid"):
             import_generator("sit-b", released, **TINY)
+        with pytest.raises(CheckpointError, match="the grid 1000000x1000000 makes"):
+            import_generator("sit-b", released, grid=(10**6, 10**6), **TINY)
         taken = import_generator("sit-b", released, grid=grid, **TINY)
         assert (taken.channels, taken.options["patch_size"]) == (3, patch_size)
 
