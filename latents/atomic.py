@@ -75,7 +75,13 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Creates a folder and those above it, where they are missing.
+
+    Raises:
+        StorageError: a file, or a link that leads nowhere, is in the way. Others under
+            :func:`storage_errors`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -100,7 +106,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with storage_errors(path):
-        _make_folder(path.parent)
+        make_folder(path.parent)
         temporary = _temporary(path)
         try:
             yield temporary
@@ -125,7 +131,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with storage_errors(path):
-        _make_folder(path.parent)
+        make_folder(path.parent)
         temporary = _temporary(path)
         temporary.mkdir()
         try:
@@ -193,7 +199,7 @@ def create_exclusive(path: Path | str, data: bytes) -> bool:
     """
     path = Path(path)
     with storage_errors(path):
-        _make_folder(path.parent)
+        make_folder(path.parent)
         if path.exists():
             return False
         temporary = _temporary(path)

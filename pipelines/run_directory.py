@@ -40,6 +40,11 @@ from detok_pipe.pipelines.checkpoints import (
 METRICS = "metrics.jsonl"
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 200  # whole paths and hashes, the beginning of long lists
+_SECTIONS = {
+    "tokenizer": ("config", "inputs", "versions"),
+    "generator": ("config", "inputs", "latents", "versions"),
+}
+"""What a run's ``config.json`` must hold, by kind, each a record itself."""
 _LIBRARIES = ("detok-pipe", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -47,7 +52,7 @@ def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
     """``config.json`` of a run of ``kind``, "tokenizer" or "generator" (None: of either).
 
     Raises:
-        CheckpointError: there is no such run, or it is of another kind.
+        CheckpointError: there is no such run, it is of another kind, or a part is missing.
     """
     file = run / CONFIG
     try:
@@ -64,18 +69,28 @@ def read_config(run: Path, kind: str | None = None) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not that of a run")
     if kind is not None and record.get("kind") != kind:
         raise CheckpointError(f"{run} holds a {record.get('kind')} run; a {kind} run is needed")
+    for section in _SECTIONS.get(str(record.get("kind")), ()):
+        if not isinstance(record.get(section), dict):
+            raise CheckpointError(
+                f"{file} is damaged: it holds no {section}, which every {record['kind']} run has; "
+                "restore it from a copy, or make the run again in another folder"
+            )
     return record
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, in order; a last line cut short by a kill is left out."""
+    """The records of ``metrics.jsonl``, in order; lines that were damaged, or cut short by a kill,
+    are left out."""
     file = run / METRICS
     records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -160,11 +175,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def compare_config(
-    path: Path, stored: dict[str, Any], wanted: dict[str, Any], *, extend: bool = False
+    path: Path,
+    stored: dict[str, Any],
+    wanted: dict[str, Any],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    extend: bool = False,
 ) -> None:
     """Check that a run directory belongs to this configuration and these inputs.
 
     Args:
+        stored, wanted: records of a run. What an input is made of, "made of", only explains in
+            which field one differs from the other.
+        defaults: of the configuration: the values of settings that the stored one does not have,
+            because they came later.
         extend: allow a duration that makes more steps than the stored one.
 
     Raises:
@@ -175,6 +199,8 @@ def compare_config(
     differing, hint = [], ""
     for section in ("config", "inputs"):
         old, new = stored.get(section, {}), wanted.get(section, {})
+        if section == "config":
+            old = {**(defaults or {}), **old}
         for key in sorted(old.keys() | new.keys()):
             difference = first_difference(old.get(key), new.get(key), key)
             if difference is None or (key == "duration" and extend and longer):
@@ -185,13 +211,21 @@ def compare_config(
                     if longer
                     else f"; a run cannot be made shorter ({stored.get('steps')} steps there)"
                 )
-            name, there, now = difference
-            differing.append(f"{name}: {_brief.repr(there)} there, {_brief.repr(now)} now")
+            text = _both(difference)
+            made_of = [record.get("made of", {}).get(key) for record in (stored, wanted)]
+            if None not in made_of and (inner := first_difference(*made_of)):
+                text += f" ({_both(inner)})"
+            differing.append(text)
     if differing:
         raise MismatchError(
             f"{path} was started with other settings ({'; '.join(differing)}). "
             f"Run with the same settings to resume it, or give another --out{hint}"
         )
+
+
+def _both(difference: tuple[str, Any, Any]) -> str:
+    name, there, now = difference
+    return f"{name}: {_brief.repr(there)} there, {_brief.repr(now)} now"
 
 
 @contextmanager
@@ -201,6 +235,7 @@ def open_run(
     kind: str,
     config: dict[str, Any],
     inputs: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     keep: int,
     keep_every: int | None = None,
@@ -213,8 +248,8 @@ def open_run(
         path: the directory.
         kind: "tokenizer" or "generator".
         config: the resolved configuration; it must equal the stored one.
-        inputs: fingerprints of what the run reads, or what they are made of; they must equal
-            the stored ones.
+        defaults: see `compare_config`.
+        inputs: fingerprints of what the run reads; they must equal the stored ones.
         extra: facts worth keeping with the run (class names, latent statistics, ...).
         keep: the newest so many checkpoints stay.
         keep_every: so do those of each so many steps.
@@ -224,6 +259,8 @@ def open_run(
     Raises:
         MismatchError: the directory belongs to another configuration or other inputs.
         LockedError: another process uses it.
+        CheckpointError: its configuration is damaged.
+        StorageError: the disk is full or read-only, or a link that leads nowhere is in the way.
         ConfigError: the path is a file, or a folder with other things in it.
     """
     if path.exists() and not path.is_dir():
@@ -236,7 +273,7 @@ def open_run(
                 "give an empty or a new folder"
             )
     with atomic.storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(path)
     with locked(path):
         record = {"kind": kind, "config": config, "inputs": inputs, **(extra or {})}
         record["versions"] = versions()
@@ -245,7 +282,7 @@ def open_run(
             atomic.write_json(path / CONFIG, record)
         else:
             stored = read_config(path, kind)
-            compare_config(path, stored, record, extend=extend)
+            compare_config(path, stored, record, defaults=defaults, extend=extend)
             if not checkpoint_paths(path):
                 atomic.write_json(path / CONFIG, record)
             elif stored["config"] != record["config"]:

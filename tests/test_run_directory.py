@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,19 @@ def test_a_changed_setting_is_named_with_both_values(tmp_path):
     with (
         pytest.raises(MismatchError, match=r"gamma: 3.0 there, 2.0 now; data: 'abc' there"),
         open_run(tmp_path / "run", **changed),
+    ):
+        pass
+
+
+def test_a_setting_that_came_later_had_its_default(tmp_path):
+    begin(tmp_path / "run")
+    later = {**RUN, "config": {**RUN["config"], "holdout": 0}, "defaults": {"holdout": 0}}
+    with open_run(tmp_path / "run", **later):
+        pass
+    later["config"]["holdout"] = 5
+    with (
+        pytest.raises(MismatchError, match=r"\(holdout: 0 there, 5 now\)"),
+        open_run(tmp_path / "run", **later),
     ):
         pass
 
@@ -104,6 +118,31 @@ def test_a_read_only_run_is_named(small_disk):
     with pytest.raises(StorageError, match="read-only"):
         begin(disk / "run")
     mount("remount,rw")
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_a_configuration_without_a_section_is_refused(tmp_path, kind):
+    sections = ["config", "inputs", "versions", *["latents"] * (kind == "generator")]
+    whole = {"kind": kind, **{section: {} for section in sections}}
+    for section in sections:
+        for damaged in ({k: v for k, v in whole.items() if k != section}, {**whole, section: 1}):
+            (tmp_path / "config.json").write_text(json.dumps(damaged))
+            with pytest.raises(CheckpointError, match=rf"config\.json .* no {section},"):
+                read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert read_config(tmp_path, kind) == whole
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    with pytest.raises(StorageError, match="dangling is a file, or a link that leads nowhere"):
+        begin(tmp_path / "dangling" / "run")
+
+
+def test_damaged_metrics_are_left_out(tmp_path):
+    lines = [b'{"step": 1}', b"12", b'{"loss": 2.0}', b'{"step": "2"}', b"\xff", b'{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
 
 
 def test_metrics_cut_short_are_read_up_to_the_cut(tmp_path):
