@@ -18,6 +18,7 @@ from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchErro
 from detok_pipe.pipelines.checkpoints import latest_checkpoint
 from detok_pipe.pipelines.config import (
     GeneratorConfig,
+    TokenizerConfig,
     to_json,
     unknown_name,
     with_overrides,
@@ -155,7 +156,10 @@ def _write(
 ) -> None:
     inputs = {**inputs, "imported": fingerprint(model)}
     extra = {**extra, "imported_from": str(file)}
-    with open_run(out, kind=kind, config=config, inputs=inputs, extra=extra, keep=1) as run:
+    defaults = to_json(TokenizerConfig() if kind == "tokenizer" else GeneratorConfig())
+    with open_run(
+        out, kind=kind, config=config, defaults=defaults, inputs=inputs, extra=extra, keep=1
+    ) as run:
         run.save_checkpoint(0, {"model": model, "ema": ema}, {})
 
 

@@ -134,10 +134,8 @@ def _origin(facts: RunFacts) -> list[Block]:
     latents = {
         k: v for k, v in record.get("latents", {}).items() if k not in ("class_names", "stats")
     }
-    inputs = dict(record.get("inputs", {}))
-    identity = inputs.pop("cache_identity", {})
     return [
-        KeyValues({**inputs, **{f"latents.{k}": v for k, v in latents.items()}}),
+        KeyValues({**record.get("inputs", {}), **{f"latents.{k}": v for k, v in latents.items()}}),
         *settings(
             {
                 "All settings of the training": record.get("config", {}),
@@ -148,7 +146,7 @@ def _origin(facts: RunFacts) -> list[Block]:
                     }
                     for sweep in facts.sweeps
                 },
-                "What the cache is made of": identity,
+                "What the cache is made of": record.get("made of", {}).get("cache", {}),
                 "Tokenizer": record.get("tokenizer", {}),
                 "Latent statistics": record.get("latents", {}).get("stats", {}),
                 "Classes": {str(label): name for label, name in enumerate(names)},

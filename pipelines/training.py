@@ -153,6 +153,7 @@ def train(
         out,
         kind=kind,
         config=to_json(config),
+        defaults=to_json(type(config)()),
         inputs=inputs,
         extra=record,
         keep=execution.keep_checkpoints,
