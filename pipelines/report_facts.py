@@ -124,7 +124,11 @@ def gather_run(
     return RunFacts(
         name=run.resolve().name,
         record=record,
-        curves=curves_from_metrics(str(record["config"].get("generator", run.name)), records),
+        curves=curves_from_metrics(
+            str(record["config"].get("generator", run.name)),
+            records,
+            ["loss", "val/loss"] if record["config"].get("holdout") else ["loss"],
+        ),
         speed=curves_from_metrics("images a second", records, ["images_per_second"]),
         pictures=training_pictures(run),
         sweeps=_read_sweeps(found, run, record, tokenizer, device) if found else (),
