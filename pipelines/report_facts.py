@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from detok_pipe.latents.errors import InputError, input_errors
+from detok_pipe.latents.errors import InputError, MismatchError, input_errors
 from detok_pipe.latents.sample_store import open_sample_store
-from detok_pipe.pipelines.find_tokenizer import find_tokenizer
+from detok_pipe.pipelines.find_tokenizer import find_tokenizer, run_of
 from detok_pipe.pipelines.inspection import samples_folder
 from detok_pipe.pipelines.pictures import ImageRow
 from detok_pipe.pipelines.plots import Curve, Metric, curves_from_metrics
@@ -109,6 +109,7 @@ def gather_run(
     Raises:
         CheckpointError: it is no generator run.
         InputError: a folder holds no sweep, or a picture is damaged.
+        MismatchError: a sweep is another run's.
         ConfigError, CacheError: no tokenizer fits, or a sweep's samples are missing.
     """
     record = read_config(run, "generator")
@@ -152,6 +153,7 @@ def _read_sweeps(
             result = json.loads((folder / SWEEP).read_bytes())
         except (OSError, ValueError) as error:
             raise InputError(f"{folder} holds no finished sweep: {error}") from error
+        _check_is_of(folder, result, run, record)
         stores = [
             (scale, open_sample_store(search_path(folder, scale)))
             for scale in result["plan"]["scales"]
@@ -162,6 +164,29 @@ def _read_sweeps(
         commands = [*reference_command(result), sweep_command(run, folder, result)]
         sweeps.append(SweepFacts(folder.resolve().name, result, rows, commands))
     return sweeps
+
+
+def _check_is_of(
+    folder: Path, result: Mapping[str, Any], run: Path, record: Mapping[str, Any]
+) -> None:
+    """Check that a sweep is of this run.
+
+    Raises:
+        MismatchError: generator, cache or tokenizer differ; the first that does is named.
+    """
+    # Weights and step may differ: the training may have gone on since.
+    inputs = record["inputs"]
+    for name, here in (
+        ("generator", record["config"]["generator"]),
+        ("cache", inputs["cache"]),
+        ("tokenizer", inputs["tokenizer"]),
+    ):
+        there = result["generator"].get(name)
+        if there != here:
+            raise MismatchError(
+                f"{folder} is a sweep of another run than {run}: its {name} is {there!r}, the "
+                f"run's is {here!r}; name sweeps of {run} with --sweep, or report {result['run']}"
+            )
 
 
 def training_pictures(run: Path, *, most: int = 6) -> dict[str, list[ImageRow]]:
@@ -251,7 +276,9 @@ def sweep_command(run: Path, out: Path, result: Mapping[str, Any]) -> str:
         "--method": sampling["method"],
         "--batch-size": plan["batch_size"],
     }
-    words = ["detok-pipe", "sweep-cfg", str(run)]
+    swept = Path(result["run"])  # the run, which may have been moved since, or a checkpoint of it
+    generator = run if run_of(swept) == swept else run / "checkpoints" / swept.name
+    words = ["detok-pipe", "sweep-cfg", str(generator)]
     for option, value in options.items():
         if value is not None:
             words += [option, str(value)]

@@ -8,7 +8,7 @@ import pytest
 from report_making import EVIL, HOSTILE, checked, picture, rows
 from score_making import QUICK, TinyFeatures, make_runs, tiny_reference
 
-from detok_pipe.latents.errors import CheckpointError, InputError
+from detok_pipe.latents.errors import CheckpointError, InputError, MismatchError
 from detok_pipe.pipelines import pictures, report, report_run
 from detok_pipe.pipelines.commands_score import sweep_cfg
 from detok_pipe.pipelines.plots import Curve
@@ -44,6 +44,7 @@ def sweep_result(text: str = "KD", network: str = "FID", ema: bool = True) -> di
     }
     return {
         "generator": {"ema": ema},
+        "run": "run",
         "plan": {
             "scales": [1.0, 2.5],
             "sampling": sampling,
@@ -180,6 +181,7 @@ def test_a_run_directory_is_read(tmp_path) -> None:
         "kind": "generator",
         "config": {"generator": "mar-b"},
         "inputs": {},
+        "latents": {},
         "versions": {"torch": "2"},
         "command": ["/usr/bin/detok-pipe", "train-gen", "mar-b", "--out", "my run"],
     }
@@ -213,6 +215,35 @@ def test_sweeps_of_a_run_are_found(tmp_path) -> None:
     checked(report.render(report_run.run_page(facts)))
     with pytest.raises(InputError, match="none holds no finished sweep"):
         gather_run(run, sweeps=[run / "none"])
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("config", "generator", "dit-b"),
+        ("inputs", "cache", "another"),
+        ("inputs", "tokenizer", "another"),
+    ],
+)
+def test_a_sweep_of_another_run_is_refused(tmp_path, section, name, value) -> None:
+    make_runs(tmp_path)
+    run, reference = tmp_path / "gen", tiny_reference(tmp_path / "reference.npz")
+    generator, tokenizer = load_generator(run), load_tokenizer(tmp_path / "tok")
+    plan = plan_for(generator, scales=(1.0, 2.0), sampling=QUICK, count=8, final_count=0)
+    sweep(plan, generator, tokenizer, TinyFeatures(), reference, run / "sweep", quiet=True)
+    record = json.loads((run / "config.json").read_text())
+    record[section][name] = value
+    other = tmp_path / "other run"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match=f"gen/sweep is .* {name} is .* is '{value}'.*--sweep"):
+        gather_run(other, sweeps=[run / "sweep"])
+
+
+def test_a_sweep_of_a_checkpoint_is_made_again_from_it() -> None:
+    result = sweep_result() | {"run": "moved/since/checkpoints/step-00000004"}
+    words = shlex.split(sweep_command(Path("run"), Path("run/sweep-step-00000004"), result))
+    assert words[2] == "run/checkpoints/step-00000004"
 
 
 def test_pictures_of_the_training_are_shown_evenly(tmp_path) -> None:
