@@ -12,8 +12,6 @@ for caches larger than memory.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from detok_pipe.latents.errors import ConfigError
@@ -48,16 +46,6 @@ def permutation(n: int, seed: int, purpose: int, number: int = 0) -> np.ndarray:
     keys.sort()
     keys &= mask
     return keys.astype(np.int64)
-
-
-class Order(Protocol):
-    """Positions to rows."""
-
-    n: int
-
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """Rows (B,) int64 at stream positions (B,) int64."""
-        ...
 
 
 def _check(n: int) -> None:

@@ -205,7 +205,7 @@ def sweep_cfg(run: Path, **values: Any) -> None:
     Example:
       detok-pipe sweep-cfg runs/mar-l --ref imagenet-256
       detok-pipe sweep-cfg runs/mar-l/checkpoints/step-00100000 --ref imagenet-256
-      detok-pipe sweep-cfg runs/sit-b --ref adm_in256_stats.npz --search halving
+      detok-pipe sweep-cfg runs/sit-b --ref imagenet-256 --search halving
     """
     from detok_pipe.latents.sample_store import open_sample_store
     from detok_pipe.pipelines import sweep_output

@@ -48,7 +48,7 @@ _IMAGENET = (
     "detok-pipe encode --tokenizer runs/tok --data imagenet/train --out cache --shards 313",
     "detok-pipe verify cache",
     "detok-pipe train-gen mar-l --latents cache --out runs/mar-l",
-    "detok-pipe sweep-cfg runs/mar-l --ref adm_in256_stats.npz",
+    "detok-pipe sweep-cfg runs/mar-l --ref imagenet-256",
     "detok-pipe report runs/mar-l",
 )
 

@@ -76,7 +76,7 @@ def test_the_quickstart_page_tells_all_it_must() -> None:
         "4 min 21 s",
         "demonstration",
         "detok-pipe quickstart --out cat",
-        "adm_in256_stats.npz",
+        "imagenet-256",
         "my-images/train",
     ):
         assert fact in page.words, fact
