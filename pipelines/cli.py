@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -80,6 +81,17 @@ def _raise_on_sigterm(signum: int, frame: FrameType | None) -> None:
     raise Interrupted("terminated by SIGTERM; run the same command again to go on", signum)
 
 
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as this program shows it: its place in the code tells a user nothing."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def _part_processes() -> None:
     """Leave the group of processes, where there is one, at an end that all of them come to."""
     distributed = sys.modules.get("torch.distributed")
@@ -93,6 +105,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if not faulthandler.is_enabled():
         faulthandler.enable()
     signal.signal(signal.SIGTERM, _raise_on_sigterm)
+    warnings.formatwarning = _one_line
     try:
         code = group.main(args=arguments, prog_name="detok-pipe", standalone_mode=False)
         _part_processes()

@@ -188,6 +188,19 @@ def test_missing_weights_name_the_places_and_the_alternatives(
     assert "--perceptual efficientnet-lite2" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"), [((), "warning: early average\n"), (("-W", "ignore"), "")]
+)
+def test_a_warning_is_one_line(options, shown):
+    code = (
+        "import warnings; from detok_pipe.pipelines import cli\n"
+        "cli.group.main = lambda **_: warnings.warn('early\\n average')\n"
+        "cli.main([])"
+    )
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, shown)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(command, capsys):
     code, out, _ = run(capsys, command, "-h")
