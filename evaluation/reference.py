@@ -116,9 +116,13 @@ class Reference:
         """
         if self.network != extractor:
             origin = "was made for" if self.extractor else "names no network, so it counts as"
+            name, _, resolution = self.network.partition("@")
+            remedy = "the other network with --features"
+            if name == extractor.partition("@")[0]:
+                remedy = f"its resolution with --resolution {resolution}"
             raise MismatchError(
                 f"{self.path} {origin} {self.network}, and the features are {extractor}'s; choose "
-                "the other network with --features, or make a reference: detok-pipe fid-stats"
+                f"{remedy}, or make a reference: detok-pipe fid-stats"
             )
         found = self._statistics().dimensions
         if found != dimensions:
@@ -235,6 +239,11 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
                     made_from.get("count"),
                 )
         shape = _image_shape(path) if "arr_0" in names else None
+    if features is not None and features.ndim != 2:
+        raise InputError(
+            f"{path}: feats must be a row of features an image, (M, D), found {features.shape}; "
+            "compute the reference again: detok-pipe fid-stats"
+        )
     if stats is None and features is not None:
         stats = feature_stats(features)
     if stats is None and shape is None:
@@ -244,6 +253,11 @@ def read_reference(path: Path, *, sha256: str | None = None) -> Reference:
         )
     if stats is not None:
         check_stats(stats, str(path))
+        if features is not None and features.shape[1] != stats.dimensions:
+            raise MismatchError(
+                f"{path}: feats has {features.shape[1]} dimensions, mu {stats.dimensions}; compute "
+                "the reference again: detok-pipe fid-stats"
+            )
     size = made_from.get("image_size")
     if size is None and shape is not None:
         size = shape[1]

@@ -92,6 +92,8 @@ def test_what_may_not_be_compared(tmp_path: Path) -> None:
     ours.check(extractor="FD-EffLite2@128", dimensions=6, image_size=None)
     with pytest.raises(MismatchError, match="FD-EffLite2@128, and the features are FID's"):
         ours.check(extractor="FID", dimensions=6, image_size=64)
+    with pytest.raises(MismatchError, match="--resolution 128, or make"):
+        ours.check(extractor="FD-EffLite2@260", dimensions=6, image_size=64)
     with pytest.raises(MismatchError, match="64 pixels a side, the images to score have 32"):
         ours.check(extractor="FD-EffLite2@128", dimensions=6, image_size=32)
     with pytest.raises(MismatchError, match="6 feature dimensions, FD-EffLite2@128 has 1280"):
@@ -161,6 +163,13 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         read_reference(path)
     np.savez(path, mu=MU, sigma=SIGMA[:3])
     with pytest.raises(MismatchError):
+        read_reference(path)
+    for statistics in ({}, {"mu": MU, "sigma": SIGMA}):
+        np.savez(path, feats=FEATURES[0], **statistics)
+        with pytest.raises(InputError, match=r"bad\.npz: feats must be .* found \(6,\)"):
+            read_reference(path)
+    np.savez(path, feats=FEATURES[:, :5], mu=MU, sigma=SIGMA)
+    with pytest.raises(MismatchError, match="feats has 5 dimensions, mu 6"):
         read_reference(path)
     np.savez(path, mu=MU * np.nan, sigma=SIGMA)
     with pytest.raises(NonFiniteError):
