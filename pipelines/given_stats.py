@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from detok_pipe.generators.stats_import import read_channel_stats
 from detok_pipe.latents.errors import ConfigError
 from detok_pipe.latents.manifest import MANIFEST, read_manifest
-from detok_pipe.latents.stats import LatentStats
+from detok_pipe.latents.stats import LatentStats, Source
 
 StatsChoice = LatentStats | Literal["published", "dataset"]
 """Statistics, or the words for those published with a tokenizer and those of the whole set."""
@@ -31,7 +32,8 @@ def read_stats(path: Path, channels: int) -> LatentStats:
         channels: of the latents.
 
     Raises:
-        ConfigError: no such file, of another kind, or of other channels.
+        ConfigError: no such file, of another kind, of other channels, or with values that are not
+            finite, not positive or of different shapes.
         CacheError: the manifest is damaged. CheckpointError: the pickle is.
     """
     if path.is_dir():
@@ -46,15 +48,22 @@ def read_stats(path: Path, channels: int) -> LatentStats:
             mean, std = (tensors[name].double().reshape(-1).numpy() for name in ("mean", "std"))
         except (SafetensorError, KeyError, OSError) as error:
             raise ConfigError(f"{path} holds no tensors mean and std: {error}") from error
-        stats = LatentStats(mean, std)
+        stats = _checked(path, mean, std, "given")
     elif path.suffix in (".pkl", ".pickle"):
         mean, std = read_channel_stats(path, channels)
-        stats = LatentStats(mean, std, source="published")
+        stats = _checked(path, mean, std, "published")
     else:
         raise ConfigError(f"{path} is of no known kind; --stats takes {_FORMS}")
     if stats.channels != channels:
         raise ConfigError(f"{path} has {stats.channels} channels, the latents {channels}")
     return stats
+
+
+def _checked(path: Path, mean: np.ndarray, std: np.ndarray, source: Source) -> LatentStats:
+    try:
+        return LatentStats(mean, std, source=source)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; name another file with --stats") from error
 
 
 def chosen_stats(

@@ -61,6 +61,10 @@ def test_what_is_refused(tmp_path, capsys):
     save_file({"mean": MEAN}, tmp_path / "half.safetensors")
     save_file({"mean": MEAN, "std": STD}, tmp_path / "s.safetensors")
     save_file({"mean": MEAN, "std": -STD}, tmp_path / "negative.safetensors")
+    save_file({"mean": MEAN * np.nan, "std": STD}, tmp_path / "nan.safetensors")
+    save_file({"mean": MEAN, "std": STD[:3]}, tmp_path / "mixed.safetensors")
+    zero = {"detok": {"channel": (MEAN, STD * 0)}}
+    (tmp_path / "zero.pkl").write_bytes(pickle.dumps(zero))
     (tmp_path / "x.json").write_text("{}")
     (tmp_path / "x.txt").write_text("1 2")
     (tmp_path / "x.safetensors").write_bytes(b"no")
@@ -71,7 +75,10 @@ def test_what_is_refused(tmp_path, capsys):
         ("x.txt", 4, ConfigError, "of no known kind"),
         ("x.safetensors", 4, ConfigError, "no tensors mean and std"),
         ("half.safetensors", 4, ConfigError, "no tensors mean and std"),
-        ("negative.safetensors", 4, ConfigError, "each must be positive"),
+        ("negative.safetensors", 4, ConfigError, "negative.safetensors: .* must be positive"),
+        ("nan.safetensors", 4, ConfigError, "nan.safetensors: .* not finite"),
+        ("mixed.safetensors", 4, ConfigError, "mixed.safetensors: .* shapes"),
+        ("zero.pkl", 4, ConfigError, "zero.pkl: .* must be positive"),
         ("s.safetensors", 8, ConfigError, "has 4 channels, the latents 8"),
         ("bomb.pkl", 4, CheckpointError, "could run code"),
     ):
