@@ -169,6 +169,9 @@ class GeneratorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in self.model.items():
+            large = isinstance(value, int) and value >= 2**63
+            _check(not large, f"model.{name} must be less than 2^63, not {value}")
         _check(self.lr > 0, f"lr must be positive, not {self.lr}")
         _check(self.holdout >= 0, f"holdout must not be negative, and is {self.holdout}")
         _check(self.limit is None or self.limit > 0, f"limit must be positive, and is {self.limit}")

@@ -82,7 +82,11 @@ def fitted_to(config: GeneratorConfig, cache: LatentCache) -> GeneratorConfig:
 
 
 def describe(config: GeneratorConfig, cache: LatentCache) -> dict[str, Any]:
-    """What a run would be and need, for ``--dry-run``: nothing is allocated."""
+    """What a run would be and need, for ``--dry-run``: nothing is allocated.
+
+    Raises:
+        ConfigError: the generator is too large, or see ``split_rows``.
+    """
     config = fitted_to(config, cache)
     with torch.device("meta"):
         model = _build(config, cache)
@@ -141,13 +145,20 @@ def _check_hashes(latents: Path, accelerator: Accelerator) -> None:
 
 
 def _build(config: GeneratorConfig, cache: LatentCache) -> Generator:
-    return build_generator(
-        config.generator,
-        grid=cache.grid,
-        channels=cache.channels,
-        num_classes=cache.num_classes,
-        **config.model,
-    )
+    try:
+        return build_generator(
+            config.generator,
+            grid=cache.grid,
+            channels=cache.channels,
+            num_classes=cache.num_classes,
+            **config.model,
+        )
+    except RuntimeError as error:  # torch has no memory for it, or cannot count its bytes
+        given = [f"--set model.{name}={value}" for name, value in config.model.items()]
+        raise ConfigError(
+            f"{' '.join([config.generator, *given])} is too large to be built; give smaller sizes, "
+            f"or a smaller generator: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @flushed_denormals()

@@ -72,6 +72,7 @@ def test_a_wrong_override_says_what_is_wrong(override, words):
     [
         ("limit=-5", "limit must be positive, and is -5"),
         ("classes=[1,2]", "valid string"),
+        ("model.width=9223372036854775808", r"model\.width must be less than 2\^63"),
         ("model.dropout=NaN", "model must be finite"),
         ("model=" + "[" * 100_000, "valid dictionary"),
     ],

@@ -11,6 +11,7 @@ from generator_making import QUIET, losses, recipe, weights, write_latents
 from score_making import TinyFeatures, tiny_reference, tiny_tokenizer
 from training_making import Stream
 
+from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CheckpointError, ConfigError, MismatchError, NonFiniteError
 from detok_pipe.pipelines import generator_inspection
 from detok_pipe.pipelines.accelerators import make_accelerator
@@ -18,7 +19,7 @@ from detok_pipe.pipelines.accumulation import largest_micro_batch
 from detok_pipe.pipelines.commands_generator import train_gen
 from detok_pipe.pipelines.generator_inspection import Preview
 from detok_pipe.pipelines.run_directory import read_config, read_metrics
-from detok_pipe.pipelines.train_generator import Beginning, train_generator
+from detok_pipe.pipelines.train_generator import Beginning, describe, train_generator
 from detok_pipe.pipelines.trained import load_generator
 
 
@@ -66,6 +67,14 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path, which):
     assert record["begun with"]["step"] == 6
     with pytest.raises(MismatchError, match="begin"):
         train_generator(still, folder / "cache", tmp_path / "run", QUIET)
+
+
+def test_a_network_that_no_memory_holds_is_refused(folder):
+    cache = open_cache(folder / "cache")
+    config = recipe("mar-b")
+    config = dataclasses.replace(config, model={**config.model, "width": 10**9})
+    with pytest.raises(ConfigError, match=r"--set model\.width=1000000000 .* is too large"):
+        describe(config, cache)
 
 
 def test_a_run_of_another_network_is_no_beginning(folder, tmp_path):
