@@ -11,6 +11,7 @@ import numpy as np
 from detok_pipe.latents.errors import CheckpointError, InputError
 from detok_pipe.pipelines import plots
 from detok_pipe.pipelines.checkpoints import score_of
+from detok_pipe.pipelines.find_tokenizer import run_of
 from detok_pipe.pipelines.run_directory import CONFIG, read_config, read_metrics
 from detok_pipe.pipelines.sweep import SWEEP
 from detok_pipe.pipelines.sweep_output import aligned
@@ -61,7 +62,7 @@ def find_runs(folder: Path) -> list[Run]:
 def _candidates(folder: Path) -> Iterator[Path]:
     for depth in range(_DEPTH + 1):
         for config in folder.glob("*/" * depth + CONFIG):
-            if config.parent.parent.name != "checkpoints":
+            if run_of(config.parent) == config.parent:
                 yield config.parent
 
 
@@ -95,12 +96,15 @@ def _read(path: Path, folder: Path) -> Run | None:
 
 
 def _final_scores(run: Path) -> list[dict[str, float]]:
-    """The metrics with which a sweep of the run ended, where there was one."""
-    try:
-        result = json.loads((run / "sweep" / SWEEP).read_bytes())
-    except (OSError, ValueError):
-        return []
-    return [{name: m["value"] for name, m in r["metrics"].items()} for r in result["final"]]
+    """The metrics with which sweeps of the run, or of its checkpoints, ended."""
+    found = []
+    for file in sorted(run.glob(f"*/{SWEEP}")):
+        try:
+            final = json.loads(file.read_bytes())["final"]
+            found += [{name: m["value"] for name, m in r["metrics"].items()} for r in final]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged: the sweep itself says so
+    return found
 
 
 def _best_score(metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:

@@ -24,6 +24,8 @@ def folder(tmp_path_factory):
     final = [{"metrics": {"FID": {"value": 3.25, "error": 0.1}}}]
     (folder / "all" / "mar-b" / "sweep").mkdir()
     (folder / "all" / "mar-b" / "sweep" / "sweep.json").write_text(json.dumps({"final": final}))
+    (folder / "all" / "mar-b" / "sweep-step-00000002").mkdir()
+    (folder / "all" / "mar-b" / "sweep-step-00000002" / "sweep.json").write_text("[]")
     (folder / "all" / "notes").mkdir()
     (folder / "all" / "notes" / "config.json").write_text("{}")
     return folder
