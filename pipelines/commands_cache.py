@@ -71,7 +71,8 @@ def encode(
     """Write the latent cache of an image set.
 
     Exits with 3 if the cache is finished and some images were unreadable; those are listed in
-    quarantine.jsonl.
+    quarantine.jsonl. Under accelerate launch or torchrun, the launcher then shows a failed process,
+    although the cache is whole.
 
     Several processes share the shards by their numbers, without a coordinator: none waits for
     another, any may be killed and started again, and their number may change. On several nodes
@@ -111,7 +112,11 @@ def encode(
         stats=given_stats(stats, trained.model.channels),
         **form,
     )
-    say(f"{plan.count:,} images, {plan.shards} shards of {plan.rows_per_shard}", quiet=quiet)
+    kinds = f"{len(source.class_names):,} classes" if source.class_names else "unlabelled"
+    say(
+        f"{plan.count:,} images, {kinds}, {plan.shards} shards of {plan.rows_per_shard}",
+        quiet=quiet,
+    )
     done = run(
         trained,
         source,

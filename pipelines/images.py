@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.errors import ConfigError, InputError
 from detok_pipe.latents.names import printable
 from detok_pipe.pipelines.decode import MAX_PIXELS, decode
 
@@ -191,7 +191,8 @@ def open_images(
     - A file with a line ``path label`` an image (spaces in the path are fine).
     - A tar, or a folder of tars, in WebDataset's naming: ``key.jpg`` with ``key.cls`` (a number).
 
-    Symbolic links are followed; names that begin with a dot are passed over.
+    Symbolic links are followed; names that begin with a dot are passed over, and so are FIFOs,
+    sockets and devices in a folder.
 
     Args:
         root: where relative paths of a list file start; by default the list's own folder.
@@ -199,26 +200,51 @@ def open_images(
             is lower, for the whole process.
 
     Raises:
-        InputError: nothing there, no images, a class without images, a bad line or member.
+        InputError: nothing there, no images, a class without images, tars beside images, a bad
+            line or member.
+        ConfigError: ``root`` is given, and ``path`` is no list file.
+        OSError: a folder or a list file cannot be read.
     """
     path = Path(path)
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     if not path.exists():
         raise InputError(f"{path} does not exist; give a folder of class folders, a list or tars")
-    if path.is_file():
-        if path.name.endswith(".tar"):
-            return _from_tars(path, [path], max_pixels)
+    is_tree = path.is_dir()
+    is_tar = not is_tree and path.name.endswith(".tar")
+    if not is_tree and not is_tar:  # a list, which may be a pipe of the shell's
         return _from_list(path, root or path.parent, max_pixels)
-    tars = sorted(entry for entry in path.glob("*.tar") if entry.is_file())
-    return _from_tars(path, tars, max_pixels) if tars else _from_tree(path, max_pixels)
+    if root is not None:
+        raise ConfigError(
+            f"--data-root {root} is for the paths of a list file, and {path} is a "
+            f"{'folder' if is_tree else 'tar'}; leave it out"
+        )
+    return _from_tars(path, [path], max_pixels) if is_tar else _from_folder(path, max_pixels)
 
 
-def _from_tree(root: Path, max_pixels: int) -> FileImages:
+def _from_folder(root: Path, max_pixels: int) -> ImageSource:
     with os.scandir(root) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
+    files = sorted(entry.name for entry in visible if entry.is_file())
+    tars = [name for name in files if name.endswith(".tar")]
+    loose = [name for name in files if _is_image(name)]
     classes = sorted(entry.name for entry in visible if entry.is_dir())
-    loose = sorted(entry.name for entry in visible if entry.is_file() and _is_image(entry.name))
+    if tars:
+        _check_tars_alone(root, tars[0], classes, loose)
+        return _from_tars(root, [root / name for name in tars], max_pixels)
+    return _from_tree(root, classes, loose, max_pixels)
+
+
+def _check_tars_alone(root: Path, tar: str, classes: list[str], loose: list[str]) -> None:
+    """Refuses images beside tars: which of them are meant is not for us to guess."""
+    with_images = next((name for name in classes if any(_walk(root / name, name))), None)
+    if with_images is None and not loose:
+        return
+    others = f"class folders ({with_images}, ...)" if with_images else f"images ({loose[0]}, ...)"
+    raise InputError(f"{root} has tars ({tar}, ...) and {others}; name the tar or move one of them")
+
+
+def _from_tree(root: Path, classes: list[str], loose: list[str], max_pixels: int) -> FileImages:
     if not classes and not loose:
         raise InputError(
             f"{root} has no images and no class folders; images end in {', '.join(EXTENSIONS)}"
@@ -233,7 +259,7 @@ def _from_tree(root: Path, max_pixels: int) -> FileImages:
     names: list[str] = []
     labels: list[int] = []
     for label, class_name in enumerate(classes):
-        found = sorted(_walk(root / class_name, class_name, frozenset()))
+        found = sorted(_walk(root / class_name, class_name))
         if not found:
             raise InputError(
                 f"the class folder {root / class_name} has no images; remove it, or fill it "
@@ -248,7 +274,9 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _walk(
+    folder: Path, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
     """Images under ``folder``, named from ``prefix`` on; a link to a folder above ends there."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
@@ -262,8 +290,14 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
                 yield from _walk(
                     folder / entry.name, f"{prefix}/{entry.name}", above | frozenset([here])
                 )
-            elif _is_image(entry.name):
+            elif _is_image(entry.name) and not _is_special(entry):
                 yield f"{prefix}/{entry.name}"
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether what is no folder is a FIFO, a socket or a device, whose reading may never end. A
+    link that leads nowhere is not: it counts as an image that cannot be read."""
+    return not entry.is_file() and os.path.exists(entry)
 
 
 def _from_list(path: Path, root: Path, max_pixels: int) -> FileImages:

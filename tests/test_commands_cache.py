@@ -254,12 +254,21 @@ def test_a_cache_at_a_url_is_finished_where_encode_was_killed(tmp_path, capsys, 
         (("--data", "nowhere"), "nowhere does not exist"),
         (("--tokenizer", "nowhere"), "nowhere is no run directory"),
         (("--device", "quantum"), "--device quantum cannot be used here"),
+        (("--data-root", "nowhere"), "--data-root nowhere is for the paths of a list file"),
     ],
 )
 def test_bad_options(tokenizer, images, tmp_path, capsys, change, message):
     assert encode(tokenizer, images, tmp_path / "cache", *change) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
+
+
+def test_encode_says_how_it_understood_the_images(tokenizer, images, tmp_path, capsys):
+    arguments = ("encode", "--tokenizer", tokenizer, "--shards", 1)
+    assert run(*arguments, "--data", images, "--out", tmp_path / "a") == 0
+    assert "22 images, 2 classes, 1 shards of 256" in capsys.readouterr().err
+    assert run(*arguments, "--data", images / "class0", "--out", tmp_path / "b") == 0
+    assert "11 images, unlabelled, 1 shards of 256" in capsys.readouterr().err
 
 
 def test_another_setting_is_refused(tokenizer, images, tmp_path, capsys):

@@ -11,7 +11,7 @@ from cache_making import plan_of, write_cache
 from PIL import Image
 
 from detok_pipe.latents.cache import open_cache
-from detok_pipe.latents.errors import InputError
+from detok_pipe.latents.errors import ConfigError, InputError
 from detok_pipe.pipelines.images import open_images
 
 
@@ -116,6 +116,42 @@ def test_bad_folders(tmp_path, files, message):
         open_images(tree(tmp_path, files))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("b/deep/1.png", r"tars \(a\.tar, \.\.\.\) and class folders \(b"),
+        ("1.png", "images \\(1.png"),
+    ],
+)
+def test_images_beside_tars_are_refused(tmp_path, name, message):
+    tar(tmp_path / "a.tar", [("1.png", picture(7))])
+    tree(tmp_path, {"logs/notes.txt": b"", "README": b"", ".cache/2.png": b"", ".b.tar": b""})
+    assert levels(open_images(tmp_path)) == [7]
+    tree(tmp_path, {name: picture()})
+    with pytest.raises(InputError, match=message):
+        open_images(tmp_path)
+
+
+def test_what_can_be_no_image_file_is_passed_over(tmp_path):
+    tree(tmp_path, {"a/image.png": picture(1)})
+    os.mkfifo(tmp_path / "a" / "fifo.png")
+    (tmp_path / "a" / "linked.png").symlink_to(tmp_path / "a" / "fifo.png")
+    (tmp_path / "a" / "device.png").symlink_to("/dev/null")
+    (tmp_path / "a" / "nowhere.png").symlink_to("nowhere")
+    source = open_images(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a/image.png", "a/nowhere.png"]
+    with pytest.raises(InputError, match=r"nowhere\.png: the file cannot be read"):
+        source.load(1)
+
+
+def test_a_root_is_for_lists_alone(tmp_path):
+    tree(tmp_path, {"a/1.png": picture()})
+    one = tar(tmp_path / "one.tar", [("1.png", picture())])
+    for path, kind in ((tmp_path, "folder"), (one, "tar")):
+        with pytest.raises(ConfigError, match=f"--data-root .*{path} is a {kind}; leave it out"):
+            open_images(path, root=tmp_path)
+
+
 def test_missing_path(tmp_path):
     with pytest.raises(InputError, match="nowhere does not exist"):
         open_images(tmp_path / "nowhere")
@@ -146,6 +182,18 @@ def test_list_file(tmp_path):
     away.write_text(listing.read_text())
     assert levels(open_images(away, root=tmp_path)) == [2, 1]
     assert open_images(away, root=tmp_path).identity == source.identity
+
+
+def test_a_list_from_a_pipe_is_read_once(tmp_path):
+    tree(tmp_path, {"a/1.png": picture(1), "b/2.png": picture(2)})
+    reading, writing = os.pipe()
+    os.write(writing, b"a/1.png 0\nb/2.png 1\n")
+    os.close(writing)
+    source = open_images(f"/dev/fd/{reading}", root=tmp_path)
+    os.close(reading)
+    assert levels(source) == [1, 2]
+    with pytest.raises(InputError, match="/dev/null lists no images"):
+        open_images("/dev/null")
 
 
 def test_a_hundred_thousand_classes(tmp_path):
