@@ -45,6 +45,10 @@ COMMANDS = {
 }
 """Command -> (module, one-line help), in the order in which a user needs them."""
 
+# How torch words, in a RuntimeError, that memory ran out (its OutOfMemoryError of GPUs is one).
+_HOST_MEMORY = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")
+_DEVICE_MEMORY = ("CUDA out of memory", "MPS backend out of memory", "CUDA error: out of memory")
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
@@ -92,6 +96,26 @@ def _one_line(
     return f"warning: {' '.join(str(message).split())}\n"
 
 
+def _shown(error: Exception) -> str | None:
+    """The line for an error that this program does not raise itself and a user can act on: a file
+    that the system refuses, or memory that ran out; None: a defect, which keeps its traceback."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, OSError):
+        named = error.filename is not None and error.strerror is not None
+        return f"{error.filename}: {error.strerror}" if named else None
+    if isinstance(error, MemoryError) or any(words in lines[0] for words in _HOST_MEMORY):
+        return (
+            f"not enough memory: {lines[0].rpartition('DefaultCPUAllocator: ')[2]}; a smaller "
+            "batch or network needs less: see --dry-run of the training"
+        )
+    if any(words in lines[0] for words in _DEVICE_MEMORY):
+        return (
+            f"not enough memory: {lines[0]}; give a smaller --micro-batch, or auto, or of commands "
+            "without it a smaller --batch-size"
+        )
+    return None
+
+
 def _part_processes() -> None:
     """Leave the group of processes, where there is one, at an end that all of them come to."""
     distributed = sys.modules.get("torch.distributed")
@@ -121,6 +145,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except DetokError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _shown(error)
+        if message is None:
+            raise
+        click.echo(f"error: {message}", err=True)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,14 +1,18 @@
 """The command line: bad input is one line that says what and what to do, with exit code 2."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from detok_pipe.pipelines import cli
 from detok_pipe.pipelines.cli import COMMANDS, main
 
 TINY_TOKENIZER = [
@@ -171,6 +175,35 @@ def test_bad_input_is_one_clear_error(runs, images, tmp_path, capsys):
         assert code == 2, (arguments, err)
         assert "Traceback" not in err
         assert all(word in err for word in words), (arguments, words, err)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (MemoryError("Unable to allocate 7 TiB"), "not enough memory: Unable to allocate 7 TiB;"),
+        (MemoryError(), "not enough memory: MemoryError; a smaller batch"),
+        (RuntimeError("x DefaultCPUAllocator: can't allocate memory: y"), "can't allocate memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB"), "give a smaller --micro-batch"),
+    ],
+)
+def test_files_that_are_refused_and_memory_that_ran_out_are_one_line(
+    error, line, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli.group, "main", Mock(side_effect=error))
+    code, _, err = run(capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert line in err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a defect"), OSError(errno.EIO, "no file is named")]
+)
+def test_a_defect_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(cli.group, "main", Mock(side_effect=error))
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        main([])
 
 
 def test_missing_weights_name_the_places_and_the_alternatives(
