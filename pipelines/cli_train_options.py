@@ -119,11 +119,20 @@ def resolved(
     """The configuration of the preset ``name`` with ``--set`` and ``--seed`` applied.
 
     ``own`` are other settings that have an option of their own; None: not given.
+
+    Raises:
+        ConfigError: a setting is given by its option and by ``--set``, or see ``with_overrides``.
     """
+    from detok_pipe.latents.errors import ConfigError
     from detok_pipe.pipelines.config import with_overrides
 
     own = {"seed": values["seed"], **own}
-    given = [f"{key}={value}" for key, value in own.items() if value is not None]
+    own = {key: value for key, value in own.items() if value is not None}
+    for override in values["overrides"]:
+        key = override.partition("=")[0].strip()
+        if key in own:
+            raise ConfigError(f"--set {override} and --{key} {own[key]}: give one of them")
+    given = [f"{key}={value}" for key, value in own.items()]
     return with_overrides(preset(name), [*values["overrides"], *given])
 
 

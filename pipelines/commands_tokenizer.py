@@ -141,6 +141,10 @@ def train_tok(
         with_network_of,
     )
 
+    if val_limit is not None and val_data is None:
+        raise ConfigError(
+            f"--val-limit {val_limit} is of --val-data; give that too, or leave this out"
+        )
     for override in values["overrides"]:
         if finetune is not None and override.partition("=")[0].strip() in NETWORK:
             raise ConfigError(

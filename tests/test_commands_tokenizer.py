@@ -103,6 +103,12 @@ def test_bad_input_is_one_clear_error(tokenizer, images, tmp_path, capsys) -> No
         ((*tune, tokenizer, "--set", "encoder=large"), ["encoder=large", "leave it out"]),
         ((*train, "detok-sb", "--set", "adversarial_start=soon"), ["soon", "100 epochs"]),
         ((*train, "detok-sb", *settings(TINY), "--val-data", missing), [str(missing)]),
+        ((*train, "detok-sb", "--val-limit", 5), ["--val-limit 5", "--val-data"]),
+        ((*train, "detok-sb", "--seed", 5, "--set", "seed=7"), ["--seed 5", "--set seed=7"]),
+        (
+            (*train, "detok-sb", "--perceptual", "none", "--set", "perceptual=lpips"),
+            ["--perceptual none", "--set perceptual=lpips"],
+        ),
         ((*check, "--resolution", 32), ["--resolution", "64<=x<=1024"]),
         ((*check, "--picture", tokenizer / "config.json" / "x.png"), ["config.json"]),
         ((*check, "--corruption", images), [str(images), "is a folder"]),
