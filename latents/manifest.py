@@ -238,12 +238,14 @@ def read_json(path: Path) -> Any:
     """JSON of a file of a cache.
 
     Raises:
-        CacheError: it is missing or no JSON.
+        CacheError: it is missing, cannot be read, or is no JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path} is damaged: it is no JSON ({error})") from error
 
@@ -252,7 +254,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """The manifest of the cache in ``folder``.
 
     Raises:
-        CacheError: missing, damaged, edited, or of another version.
+        CacheError: missing, unreadable, damaged, edited, or of another version.
     """
     path = folder / name
     return parse_manifest(read_json(path), str(path))
@@ -270,8 +272,10 @@ def check_file(folder: Path, record: FileRecord) -> str | None:
     path = folder / record.path
     try:
         size = path.stat().st_size
-    except OSError:
+    except FileNotFoundError:
         return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
     if not path.resolve().is_relative_to(folder.resolve()):
         return "lies outside the cache (it is, or is under, a symbolic link)"
     if size != record.bytes:

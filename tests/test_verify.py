@@ -106,6 +106,21 @@ def test_truncated_or_missing_shard(cache, whole):
     check_mended(cache, whole)
 
 
+def test_a_manifest_or_a_folder_that_cannot_be_read(cache, whole):
+    manifest = cache / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    problems = [str(problem) for problem in verify(cache)]
+    assert problems[0].endswith(f"{manifest} cannot be read: Is a directory")
+    manifest.rmdir()
+    shutil.copy(whole / "manifest.json", manifest)
+    name = data_files(cache)[0]
+    folder = cache / name.split("/")[0]
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+    assert f"{name} cannot be read: Not a directory" in map(str, verify(cache))
+
+
 def test_swapped_shards(cache, whole):
     a, b = data_files(cache)[0], data_files(cache)[len(data_files(cache)) // 2]
     one, two = (cache / a).read_bytes(), (cache / b).read_bytes()
