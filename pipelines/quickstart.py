@@ -21,11 +21,12 @@ from detok_pipe.evaluation.reference import Reference, read_reference
 from detok_pipe.latents import atomic
 from detok_pipe.latents.cache import LatentCache, open_cache
 from detok_pipe.latents.convert import convert
-from detok_pipe.latents.errors import CacheError, MismatchError
+from detok_pipe.latents.errors import CacheError, CheckpointError, MismatchError
+from detok_pipe.latents.manifest import MANIFEST
 from detok_pipe.latents.plan import first_difference
 from detok_pipe.latents.sample_store import SampleStore, open_sample_store
 from detok_pipe.latents.verify import describe, verify
-from detok_pipe.pipelines.config import Execution
+from detok_pipe.pipelines.config import Execution, GeneratorConfig, TokenizerConfig, to_json
 from detok_pipe.pipelines.demo_presets import Demo
 from detok_pipe.pipelines.emoji import EmojiImages, make_emoji_images
 from detok_pipe.pipelines.encode import encode, make_plan
@@ -49,6 +50,27 @@ from detok_pipe.pipelines.trained import (
 )
 
 _SETTINGS = "quickstart.json"
+
+
+def _read_record(file: Path, *parts: str) -> dict[str, Any]:
+    """The record in a file, of which ``parts`` must be records too."""
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    if not isinstance(record, dict):
+        raise _damaged(file, f"a {type(record).__name__} instead of a record")
+    for part in parts:
+        if not isinstance(record.get(part), dict):
+            raise _damaged(file, f"it has no record {part}")
+    return record
+
+
+def _damaged(file: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is damaged ({problem}); remove it and run the same command again, which finds "
+        "what is done"
+    )
 
 
 class Quickstart:
@@ -128,32 +150,38 @@ class Quickstart:
         Raises:
             MismatchError: the folder holds a quickstart of other settings.
             LockedError: another quickstart is running in the folder.
+            CheckpointError: a record of the folder is damaged.
+            StorageError: the disk is full or read-only, or a link that leads nowhere is in the way.
         """
         with atomic.storage_errors(self.out):
-            self.out.mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(self.out)
         with locked(self.out):
             self._check_settings()
             atomic.remove_temporaries(self.out)
-            for name, stage in (
-                ("images", self.make_images),
-                ("tokenizer", self.train_tokenizer),
-                ("reconstructions", self.reconstruct),
-                ("encode", self.encode),
-                ("verify and convert", self.check_cache),
-                ("generator", self.train_generator),
-                ("reference statistics", self.reference_statistics),
-                ("guidance sweep", self.sweep),
-                ("comparisons", self.compare),
-                ("report", self.report),
+            for name, stage, made in (
+                ("images", self.make_images, "images"),
+                ("tokenizer", self.train_tokenizer, "tokenizer/checkpoints"),
+                ("reconstructions", self.reconstruct, None),
+                ("encode", self.encode, f"cache/{MANIFEST}"),
+                ("verify and convert", self.check_cache, f"cache-zarr/{MANIFEST}"),
+                ("generator", self.train_generator, "generator/checkpoints"),
+                ("reference statistics", self.reference_statistics, "reference.npz"),
+                ("guidance sweep", self.sweep, "sweep/final"),
+                ("comparisons", self.compare, "comparisons"),
+                ("report", self.report, REPORT),
             ):
-                self._do(name, stage)
+                self._do(name, stage, made)
         return self.out / REPORT
 
     def _check_settings(self) -> None:
         wanted = json.loads(json.dumps({"seed": self.seed, **dataclasses.asdict(self.demo)}))
         file = self.out / _SETTINGS
         if file.exists():
-            difference = first_difference(json.loads(file.read_bytes()), wanted)
+            stored = _read_record(file, "tokenizer", "generator")
+            # Settings that came later had their defaults.
+            for part, kind in (("tokenizer", TokenizerConfig), ("generator", GeneratorConfig)):
+                stored[part] = {**to_json(kind()), **stored[part]}
+            difference = first_difference(stored, wanted)
             if difference is not None:
                 name, there, now = difference
                 raise MismatchError(
@@ -163,10 +191,14 @@ class Quickstart:
         else:
             atomic.write_json(file, wanted)
         done = self.out / STAGES
-        self.stages = json.loads(done.read_bytes()) if done.exists() else {}
+        self.stages = _read_record(done) if done.exists() else {}
+        for name, outcome in self.stages.items():
+            if not isinstance(outcome, dict) or not outcome.keys() >= {"seconds", "result"}:
+                raise _damaged(done, f"{name} has no seconds and result")
 
-    def _do(self, name: str, stage: Callable[[], dict[str, Any] | None]) -> None:
-        if name in self.stages:
+    def _do(self, name: str, stage: Callable[[], dict[str, Any] | None], made: str | None) -> None:
+        """Do a stage, unless it is done and what it ``made`` is still in the folder."""
+        if name in self.stages and (made is None or (self.out / made).exists()):
             return
         say(f"== {name}", quiet=self.quiet)
         start = time.perf_counter()

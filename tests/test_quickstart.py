@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from detok_pipe.generators.sampling import Sampling
-from detok_pipe.latents.errors import MismatchError
+from detok_pipe.latents.errors import CheckpointError, MismatchError, StorageError
 from detok_pipe.pipelines.demo_presets import FAST, Demo
 from detok_pipe.pipelines.quickstart import Quickstart
 from detok_pipe.pipelines.quickstart_page import STAGES, summary
@@ -60,8 +61,92 @@ def test_every_stage_runs_and_a_second_run_does_nothing(tmp_path):
     changed = {p.name for p in after if after[p] != before.get(p)} - {".lock", ".lock-holder"}
     assert not changed
 
+    made = tmp_path / "sweep" / "final"
+    rows = {p.name: p.read_bytes() for p in made.glob("*/*.safetensors")}
+    assert rows
+    shutil.rmtree(made)
+    page.unlink()
+    assert quickstart().is_file()
+    assert {p.name: p.read_bytes() for p in made.glob("*/*.safetensors")} == rows
+
     with pytest.raises(MismatchError, match="another preset, seed or version"):
         quickstart(seed=1)
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A quickstart whose stages only note that they were called; a run returns which."""
+    calls = []
+    for name, made in (
+        ("make_images", "images"),
+        ("train_tokenizer", "tokenizer/checkpoints"),
+        ("reconstruct", None),
+        ("encode", "cache/manifest.json"),
+        ("check_cache", "cache-zarr/manifest.json"),
+        ("train_generator", "generator/checkpoints"),
+        ("reference_statistics", "reference.npz"),
+        ("sweep", "sweep/final"),
+        ("compare", "comparisons"),
+        ("report", "report.html"),
+    ):
+
+        def stage(self, name=name, made=made):
+            calls.append(name)
+            if made is not None:
+                (self.out / made).parent.mkdir(exist_ok=True)
+                (self.out / made).touch()
+
+        monkeypatch.setattr(Quickstart, name, stage)
+
+    def run():
+        calls.clear()
+        Quickstart(tmp_path, "fast", TINY, seed=0, device=torch.device("cpu"), quiet=True).run()
+        return list(calls)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("gone", "stage"),
+    [
+        ("report.html", "report"),
+        ("sweep/final", "sweep"),
+        ("cache-zarr/manifest.json", "check_cache"),
+        ("generator/checkpoints", "train_generator"),
+    ],
+)
+def test_a_stage_whose_files_are_gone_is_done_again(tmp_path, recorded, gone, stage):
+    assert len(recorded()) == 10
+    assert recorded() == []
+    (tmp_path / gone).unlink()
+    assert recorded() == [stage]
+
+
+@pytest.mark.parametrize("name", ["stages.json", "quickstart.json"])
+@pytest.mark.parametrize("text", [b"{", b"[]", b"12", b"\xff"])
+def test_a_damaged_record_is_named(tmp_path, recorded, name, text):
+    recorded()
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged"):
+        recorded()
+
+
+def test_a_damaged_stage_is_named(tmp_path, recorded):
+    recorded()
+    (tmp_path / "quickstart.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no record tokenizer"):
+        recorded()
+    (tmp_path / "quickstart.json").unlink()
+    (tmp_path / STAGES).write_text('{"images": 3}')
+    with pytest.raises(CheckpointError, match=r"stages\.json .*images has no seconds"):
+        recorded()
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    out = tmp_path / "dangling" / "qs"
+    with pytest.raises(StorageError, match="a link that leads nowhere"):
+        Quickstart(out, "fast", TINY, seed=0, device=torch.device("cpu"), quiet=True).run()
 
 
 @pytest.mark.soak
