@@ -1,5 +1,6 @@
 """Options that several commands share, so that they read and behave alike everywhere."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +11,45 @@ from detok_pipe.pipelines.published_tokenizers import PUBLISHED_TOKENIZERS, Toke
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
+
+class _NamedPath(click.Path):
+    """A path, refused where it is empty: ``Path("")`` would be the working folder.
+
+    Args:
+        utf8: also refuse a name that is no UTF-8; the safetensors library opens no such path, and
+            would fail only after the work whose result it should read.
+    """
+
+    def __init__(self, *, file_okay: bool = True, utf8: bool = False) -> None:
+        super().__init__(file_okay=file_okay, path_type=Path)
+        self.utf8 = utf8
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Path:
+        name = os.fspath(value)
+        if not name:
+            self.fail("the path is empty; name a file or folder, or . for this one", param, ctx)
+        if self.utf8 and name.encode(errors="ignore").decode() != name:
+            self.fail(
+                f"{click.format_filename(name)!r} is no UTF-8, which files of latents and weights "
+                "need; choose another name",
+                param,
+                ctx,
+            )
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
+FOLDER = _NamedPath(file_okay=False)
 """A folder that a command reads or creates."""
 
-PATH = click.Path(path_type=Path)
+NEW_FOLDER = _NamedPath(file_okay=False, utf8=True)
+"""A folder for caches, runs or samples."""
+
+PATH = _NamedPath()
 """A file or folder; whether it exists is checked where the error can say what to do."""
 
 NUMBER = click.IntRange(0, 2**63 - 1)
@@ -83,7 +119,7 @@ def dry_run_option(function: Command) -> Command:
 
 def out_option(help: str, *, required: bool = True) -> Callable[[Command], Command]:
     """``--out FOLDER``: where the command writes."""
-    return click.option("--out", type=FOLDER, required=required, help=help)
+    return click.option("--out", type=NEW_FOLDER, required=required, help=help)
 
 
 def tokenizer_option(required: bool = True) -> Callable[[Command], Command]:
