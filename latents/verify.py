@@ -172,7 +172,9 @@ def describe(path: Path | str) -> dict[str, Any]:
         CacheError: there is no cache, or its manifest is damaged.
     """
     path = Path(path)
-    if not (path / MANIFEST).exists() and (path / PLAN).exists():
+    if not (path / MANIFEST).exists():
+        if not (path / PLAN).exists():
+            open_cache(path)  # says what is there instead
         writer = CacheWriter.resume(path)
         missing = len(writer.missing())
         facts = _plan_facts(writer.plan)
