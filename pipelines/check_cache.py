@@ -99,6 +99,7 @@ def check_cache(
 
     Args:
         tokenizer, source: those that the cache was made from.
+        num: images are encoded and decoded in batches of the cache's ``batch_size``.
         generator: one trained on this tokenizer's latents; its loss on cached latents is set
             against that on fresh latents, which are normalised as the generator expects.
 
@@ -116,21 +117,31 @@ def check_cache(
         _check_count(plan, source)
     else:
         check_made_from(plan, tokenizer, source, cache.path)
+    _check_shape(cache, tokenizer)
     num = min(num, cache.num_rows)
     rows = np.arange(num) * cache.num_rows // num
-    pixels = _pixels(source, cache.source_ids[rows], tokenizer.image_size)
-    fresh = moments_on_device(tokenizer.model, to_float(pixels, device), plan)
-
-    noise = Noise(_SEED, rows, device=device)
-    means = {v: drawn_rows(cache, rows, v, noise, sample_posterior=False) for v in cache.views}
-    expected = {view: cache.stats.normalize(fresh[view][0]) for view in means}
-    squares = [(means[view] - expected[view]).square().mean().item() for view in means]
-    difference = float(np.sqrt(np.mean(squares)))
-    latents = cache.stats.denormalize(means["image"]), fresh["image"][0]
-    with torch.inference_mode():
-        decoded = [to_uint8(tokenizer.model.decode(z)) for z in latents]
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-    match = psnr(decoded[0], decoded[1]).cpu().numpy()
+    pieces, pictured = [], []
+    for start in range(0, num, plan.batch_size):
+        some = rows[start : start + plan.batch_size]
+        pixels = _pixels(source, cache.source_ids[some], tokenizer.image_size)
+        fresh = moments_on_device(tokenizer.model, to_float(pixels, device), plan)
+        noise = Noise(_SEED, some, device=device)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        decoded = _decoded(cache, tokenizer, fresh, some, noise)
+        pieces.append(
+            _Piece(
+                psnr(*decoded).cpu().numpy(),
+                psnr(decoded[0], images).cpu().numpy(),
+                psnr(decoded[1], images).cpu().numpy(),
+                _square(cache, fresh, some, noise),
+                None if generator is None else _losses(cache, generator, fresh, some, noise),
+            )
+        )
+        if start < PICTURED:
+            pictured.append((images, *decoded))
+    match = np.concatenate([piece.match for piece in pieces])
+    weights = [len(piece.match) for piece in pieces]
+    difference = float(np.sqrt(np.average([piece.square for piece in pieces], weights=weights)))
     problems = []
     samples = imported and not cache.has_posterior
     if match.min() < (least := LEAST_PSNR_OF_SAMPLES if samples else LEAST_PSNR):
@@ -147,28 +158,76 @@ def check_cache(
         )
     losses = None
     if generator is not None:
-        losses = _losses(cache, generator, fresh, rows, noise)
+        each = [piece.losses for piece in pieces if piece.losses is not None]
+        on_cached, on_fresh = np.average(each, axis=0, weights=weights)
+        losses = float(on_cached), float(on_fresh)
         if abs(losses[0] - losses[1]) > LARGEST_LOSS_DIFFERENCE * abs(losses[1]):
             problems.append(
                 f"the loss of {generator.path} is {losses[0]:.5f} on cached latents and "
                 f"{losses[1]:.5f} on fresh ones, more than {LARGEST_LOSS_DIFFERENCE:.0%} apart"
             )
-    shown: dict[str, np.ndarray | Tensor] = {
-        "image": pixels,
-        "from the cache": decoded[0],
-        "without the cache": decoded[1],
-    }
+    shown = zip(
+        ("image", "from the cache", "without the cache"),
+        (torch.cat(images)[:PICTURED] for images in zip(*pictured, strict=True)),
+        strict=True,
+    )
     return CacheCheck(
-        labelled_grid(
-            [ImageRow(label, [(i,) for i in to_images(x[:PICTURED])]) for label, x in shown.items()]
-        ),
+        labelled_grid([ImageRow(label, [(i,) for i in to_images(x)]) for label, x in shown]),
         match,
-        psnr(decoded[0], images).cpu().numpy(),
-        psnr(decoded[1], images).cpu().numpy(),
+        np.concatenate([piece.cached for piece in pieces]),
+        np.concatenate([piece.online for piece in pieces]),
         difference,
         losses,
         problems,
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The numbers of :class:`CacheCheck` of some rows; ``square``: mean square of the difference
+    of means."""
+
+    match: np.ndarray
+    cached: np.ndarray
+    online: np.ndarray
+    square: float
+    losses: tuple[float, float] | None
+
+
+def _decoded(
+    cache: LatentCache,
+    tokenizer: TrainedTokenizer,
+    fresh: dict[str, Tensor],
+    rows: np.ndarray,
+    noise: Noise,
+) -> list[Tensor]:
+    """Images (B, 3, S, S) uint8 of cached and of fresh means."""
+    cached = drawn_rows(cache, rows, "image", noise, sample_posterior=False)
+    latents = cache.stats.denormalize(cached), fresh["image"][0]
+    with torch.inference_mode():
+        return [to_uint8(tokenizer.model.decode(z)) for z in latents]
+
+
+def _square(cache: LatentCache, fresh: dict[str, Tensor], rows: np.ndarray, noise: Noise) -> float:
+    """Mean square of the difference of cached and fresh means, normalised, over all views."""
+    squares = []
+    for view in cache.views:
+        means = drawn_rows(cache, rows, view, noise, sample_posterior=False)
+        expected = cache.stats.normalize(fresh[view][0])
+        squares.append((means - expected).square().mean().item())
+    return float(np.mean(squares))
+
+
+def _check_shape(cache: LatentCache, tokenizer: TrainedTokenizer) -> None:
+    """An imported cache only repeats what somebody said of its tokenizer."""
+    wanted = cache.grid, cache.channels
+    found = tuple(tokenizer.model.grid), tokenizer.model.channels
+    for what, there, here in zip(("grid", "channels"), wanted, found, strict=True):
+        if there != here:
+            raise MismatchError(
+                f"the latents of {cache.path} have {what} {there}, those of the tokenizer "
+                f"{tokenizer.path} {here}; give the tokenizer that made them"
+            )
 
 
 def _check_count(plan: CachePlan, source: ImageSource) -> None:

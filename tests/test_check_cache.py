@@ -12,8 +12,10 @@ from PIL import Image
 from detok_pipe.generators.registry import build_generator
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import InputError, MismatchError
+from detok_pipe.latents.import_cache import import_cache, open_foreign
 from detok_pipe.latents.manifest import read_manifest, write_manifest
 from detok_pipe.latents.stats import LatentStats
+from detok_pipe.pipelines import check_cache as check_module
 from detok_pipe.pipelines.check_cache import LEAST_PSNR, check_cache
 from detok_pipe.pipelines.encode import encode, make_plan
 from detok_pipe.pipelines.images import open_images
@@ -78,6 +80,43 @@ def test_a_right_cache(tokenizer, cache, images):
     assert "PSNR at least" in "\n".join(found.lines())
     everything = check_cache(cache, tokenizer, open_images(images), num=1000)
     assert len(everything.match) == COUNT
+
+
+def test_pieces_are_of_the_caches_batch_size(tokenizer, cache, images, monkeypatch):
+    seen = []
+    inner = check_module.moments_on_device
+
+    def counted(model, pixels, plan):
+        seen.append(len(pixels))
+        return inner(model, pixels, plan)
+
+    monkeypatch.setattr(check_module, "moments_on_device", counted)
+    source, generator = open_images(images), make_generator(cache)
+    pieces = check_cache(cache, tokenizer, source, num=13, generator=generator)
+    assert seen == [5, 5, 3]
+    whole = cache.manifest.model_copy(
+        update={"encoding": cache.manifest.encoding | {"batch_size": 13}}
+    )
+    write_manifest(cache.path, whole.sealed())
+    at_once = check_cache(open_cache(cache.path), tokenizer, source, num=13, generator=generator)
+    assert seen[3:] == [13]
+    for field in ("match", "cached", "online", "latents", "losses"):
+        np.testing.assert_allclose(getattr(pieces, field), getattr(at_once, field), rtol=1e-3)
+    assert pieces.picture.size == at_once.picture.size
+
+
+def test_an_imported_cache_of_another_shape(tokenizer, images, tmp_path):
+    for number in range(COUNT):
+        path = tmp_path / "mar" / f"class{number % 3}" / f"{number:02d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moments = np.random.default_rng(number).standard_normal((2, 8, 3, 3)).astype(np.float32)
+        np.savez(path, moments=moments[0], moments_flip=moments[1])
+    foreign = open_foreign(tmp_path / "mar")
+    import_cache(foreign, tmp_path / "imported", encoder=tokenizer.identity)
+    with pytest.raises(
+        MismatchError, match=r"have grid \(3, 3\), those of the tokenizer runs/tok \(4, 4\)"
+    ):
+        check_cache(open_cache(tmp_path / "imported"), tokenizer, open_images(images))
 
 
 def test_bf16_rows_are_compared_with_bf16(tokenizer, images, tmp_path):
