@@ -222,12 +222,17 @@ def import_cache(
 
     encoder = None if tokenizer is None else open_tokenizer(tokenizer)
     foreign = open_foreign(source)
-    channels = foreign.shape()[0]
+    channels, *grid = foreign.shape()
     name = f"--tokenizer {tokenizer.name}" if tokenizer else "a cache without --tokenizer"
     if encoder is not None and encoder.model.channels != channels:
         raise MismatchError(
             f"the latents in {source} have {channels} channels, those of {name} "
             f"{encoder.model.channels}; name the tokenizer that made them"
+        )
+    if encoder is not None and tuple(encoder.model.grid) != tuple(grid):
+        raise MismatchError(
+            f"the latents in {source} lie on a grid of {tuple(grid)}, those of {name} on one of "
+            f"{tuple(encoder.model.grid)}; name the tokenizer that made them"
         )
     say(f"{source}: {len(foreign.names):,} items of {foreign.kind}", quiet=quiet)
     folder = out.begin(transfer_shown("fetch", quiet=quiet))
