@@ -143,7 +143,8 @@ class Remote:
             self._files.get_file(self._at(name), str(temporary))
             if crc32c is not None and crc32c_file(temporary) != crc32c:
                 raise CacheError(
-                    f"{self.url}/{name} is damaged: its checksum is wrong; copy it there again"
+                    f"{self.url}/{name} is damaged: its checksum is wrong; copy it there again, or "
+                    f"run `detok-pipe verify {self.url} --repair` where the images are at hand"
                 )
 
     def put(self, source: Path, name: str) -> None:

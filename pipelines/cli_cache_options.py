@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from detok_pipe.pipelines.cli_options import FOLDER, seed_option, together
+from detok_pipe.pipelines.cli_options import FOLDER, NEW_FOLDER, PATH, seed_option, together
 
 if TYPE_CHECKING:
     from detok_pipe.latents.place import Place
@@ -41,21 +41,34 @@ class Images(click.ParamType):
         from detok_pipe.latents.remote import is_remote, stage_files
 
         if not is_remote(value):
-            return Path(value)
+            return PATH.convert(value, param, ctx)
         return stage_files(value, transfer_shown("fetch"))
 
 
-class Target(click.ParamType):
-    """Where a cache is to be written: a path, or a URL, which gets it when it is finished."""
+class CachePlace(click.ParamType):
+    """Where a cache is, a path or a URL; nothing is fetched."""
 
-    name = "folder"
+    name = "cache"
+    path_type = FOLDER
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> "Place":
         from detok_pipe.latents.place import Place
 
-        return value if isinstance(value, Place) else Place(value)
+        if isinstance(value, Place):
+            return value
+        place = Place(value)
+        if not place.remote:
+            self.path_type.convert(value, param, ctx)
+        return place
+
+
+class Target(CachePlace):
+    """Where a cache is to be written: a path, or a URL, which gets it when it is finished."""
+
+    name = "folder"
+    path_type = NEW_FOLDER
 
 
 def transfer_shown(what: str, *, quiet: bool = False) -> Callable[[int, int], None]:
@@ -74,6 +87,7 @@ def transfer_shown(what: str, *, quiet: bool = False) -> Callable[[int, int], No
 
 
 CACHE = Cache()
+CACHE_PLACE = CachePlace()
 IMAGES = Images()
 
 target_option = click.option(

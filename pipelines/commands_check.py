@@ -2,11 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from detok_pipe.pipelines.cli_cache_options import CACHE, image_options, opened_images
+from detok_pipe.pipelines.cli_cache_options import (
+    CACHE,
+    CACHE_PLACE,
+    image_options,
+    opened_images,
+    transfer_shown,
+)
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
     PATH,
@@ -16,20 +22,21 @@ from detok_pipe.pipelines.cli_options import (
 )
 from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 
+if TYPE_CHECKING:
+    from detok_pipe.latents.place import Place
+
 
 @click.command("info")
-@click.argument("cache", type=CACHE)
+@click.argument("cache", type=CACHE_PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(cache: Path, as_json: bool) -> None:
-    """Describe a latent cache.
+def info(cache: "Place", as_json: bool) -> None:
+    """Describe a latent cache. Of one at a URL the manifest and the index are fetched.
 
     \b
     Example:
       detok-pipe info cache
     """
-    from detok_pipe.latents.verify import describe
-
-    facts = describe(cache)
+    facts = cache.describe()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -39,7 +46,7 @@ def info(cache: Path, as_json: bool) -> None:
 
 
 @click.command("verify")
-@click.argument("cache", type=CACHE)
+@click.argument("cache", type=CACHE_PLACE)
 @click.option("--hashes/--no-hashes", default=True, help="Read and hash every file.")
 @click.option("--repair", is_flag=True, help="Mend it; needs --tokenizer and --data.")
 @tokenizer_option(required=False)
@@ -49,7 +56,7 @@ def info(cache: Path, as_json: bool) -> None:
 @click.pass_context
 def verify(
     context: click.Context,
-    cache: Path,
+    cache: "Place",
     hashes: bool,
     repair: bool,
     tokenizer: TokenizerChoice | None,
@@ -61,8 +68,9 @@ def verify(
 ) -> None:
     """Check each shard of a latent cache, or mend it; exits with 2 if something is wrong.
 
-    A cache at a URL is copied to this machine first, where each file's checksum is checked as it
-    arrives.
+    A cache at a URL is copied to the staging folder first, where each file's checksum is checked as
+    it arrives. The copy stays, and a later call reads that again: of the files at the URL it only
+    compares names and sizes. --repair mends the copy, then sends what is wrong at the URL.
 
     \b
     Example:
@@ -81,9 +89,22 @@ def verify(
         target = resolve_device(device)
         source = opened_images(data, data_root, max_pixels)
         trained = open_tokenizer(tokenizer, device=target)
-        problems = repair_cache(cache, trained, source, device=target, quiet=quiet)
+        folder = cache.fetch_whole_files(transfer_shown("fetch", quiet=quiet))
+        problems = repair_cache(folder, trained, source, device=target, quiet=quiet)
+        if not problems:
+            cache.publish(transfer_shown("send", quiet=quiet))
     else:
-        problems = check(cache, hashes=hashes)
+        folder = cache.fetch_whole_files(transfer_shown("fetch", quiet=quiet))
+        problems = check(folder, hashes=hashes)
+    there = cache.problems()
+    # What is missing there is missing in the copy too.
+    named = {problem.file for problem in there}
+    problems = there + [problem for problem in problems if problem.file not in named]
+    if cache.remote and not quiet:
+        click.echo(
+            f"files were read from the copy in {folder}; of those at {cache} names and sizes were "
+            "compared (remove the copy to have all of them fetched and hashed)"
+        )
     for problem in problems:
         click.echo(str(problem))
     if problems:

@@ -201,7 +201,7 @@ def test_encode_with_statistics_of_another_cache(tokenizer, images, tmp_path, ca
     assert "there are no statistics at gone.pkl" in capsys.readouterr().err
 
 
-def test_import_cache(tmp_path, capsys):
+def test_import_cache(tokenizer, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for number in range(9):
         path = tmp_path / "mar" / f"class{number % 3}" / f"{number}.JPEG.npz"
@@ -215,6 +215,10 @@ def test_import_cache(tmp_path, capsys):
     assert "9 items of mar" in captured.err
     assert open_cache(out).manifest.format == "zarr"
     assert run("verify", out) == 0
+    out = tmp_path / "x"
+    assert run("import-cache", tmp_path / "mar", "--tokenizer", tokenizer, "--out", out) == 2
+    message = re.escape("lie on a grid of (3, 3), those of --tokenizer") + r".* on one of \(2, 2\)"
+    assert re.search(message, capsys.readouterr().err)
     path.write_bytes(b"cut")
     assert run("import-cache", tmp_path / "mar", "--out", tmp_path / "other", "-q") == 3
     assert run("import-cache", tmp_path, "--out", tmp_path / "other", "-q") == 2
@@ -235,6 +239,98 @@ def test_caches_and_images_at_urls(tokenizer, images, tmp_path, capsys, monkeypa
     assert open_cache(tmp_path / "far" / "cache-zarr").manifest.format == "zarr"
     assert run("info", f"{url}-none") == 2
     assert "no finished latent cache at" in capsys.readouterr().err
+
+
+def test_info_of_a_url_fetches_no_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETOK_STAGING", str(tmp_path / "staging"))
+    write_cache(tmp_path / "cache", plan_of(), bad=(3,))
+    assert run("info", tmp_path / "cache", "--json") == 0
+    facts = capsys.readouterr().out
+    shutil.rmtree(tmp_path / "cache" / "image")
+    assert run("info", f"file://{tmp_path}/cache", "--json") == 0
+    assert capsys.readouterr().out == facts
+    assert not (tmp_path / "staging").exists()
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[700] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_damage_at_a_url_is_found_and_mended(tokenizer, images, tmp_path, capsys, staged):
+    url, far = f"file://{tmp_path}/far", tmp_path / "far"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETOK_STAGING", str(tmp_path / "staging"))
+        encode(tokenizer, images, far)
+        before = tree(far)
+        if staged:
+            assert run("verify", url) == 0
+            assert "of those at file://" in capsys.readouterr().out
+        first, second = sorted(far.glob("mirror/*.tar"))[:2]
+        second.unlink()
+        (far / "index.npy").write_bytes(b"short")
+        if not staged:  # the size is the same: only a new copy tells
+            flip(first)
+        (far / "image" / "other.tar").write_bytes(b"")
+        assert run("verify", url) == 2
+        printed = capsys.readouterr().out
+        assert f"mirror/{second.name} is missing at {url}" in printed
+        assert f"index.npy has 5 bytes at {url} instead of" in printed
+        assert f"image/other.tar at {url} is not part of the cache" in printed
+        assert (f"mirror/{first.name} had a wrong checksum at {url}" in printed) == (not staged)
+        assert "is missing\n" not in printed
+        (far / "image" / "other.tar").unlink()
+        mend = ("verify", url, "--repair", "--tokenizer", tokenizer, "--data", images, "-q")
+        assert run(*mend) == 0
+        assert tree(far) == before
+        assert run("verify", url) == 0
+        second.unlink()
+        assert encode(tokenizer, images, url) == 0
+        assert tree(far) == before
+
+
+def test_what_is_no_cache_is_named_by_info_as_by_verify(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty"):
+        messages = []
+        for command in ("info", "verify"):
+            assert run(command, tmp_path / name) == 2
+            messages.append(capsys.readouterr().err)
+        assert messages[0] == messages[1]
+        assert f"no latent cache{' at' * (name == 'nowhere')}" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--out", ""), "Invalid value for '--out': the path is empty"),
+        (("--data", ""), "Invalid value for '--data': the path is empty"),
+        (("--out", os.fsdecode(b"cache\xff")), "is no UTF-8"),
+    ],
+)
+def test_paths_that_cannot_be_used(tokenizer, images, tmp_path, capsys, change, message):
+    assert encode(tokenizer, images, tmp_path / "cache", *change) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("check-cache", "cache", "--out", ""), "the path is empty"),
+        (("train-gen", "sit-s", "--latents", "cache", "--out", ""), "the path is empty"),
+        (
+            ("train-gen", "sit-s", "--latents", "cache", "--out", os.fsdecode(b"\xff")),
+            "is no UTF-8",
+        ),
+    ],
+)
+def test_paths_of_other_commands(capsys, command, message):
+    assert run(*command) == 2
+    error = capsys.readouterr().err
+    assert "Invalid value for '--out'" in error
+    assert message in error
 
 
 def test_a_cache_at_a_url_is_finished_where_encode_was_killed(tmp_path, capsys, monkeypatch):

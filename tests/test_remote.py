@@ -13,6 +13,7 @@ from cache_making import plan_of, tree, write_cache
 from PIL import Image
 
 from detok_pipe.latents import remote
+from detok_pipe.latents.atomic import crc32c_file
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import (
     CacheError,
@@ -21,6 +22,7 @@ from detok_pipe.latents.errors import (
     MismatchError,
     StorageError,
 )
+from detok_pipe.latents.manifest import read_manifest, write_manifest
 from detok_pipe.latents.place import Place
 from detok_pipe.latents.remote import is_remote, stage_files, staging_folder
 from detok_pipe.latents.verify import verify
@@ -150,6 +152,60 @@ def test_damage_there_is_named_and_never_taken_over(url, here):
     write(url, "manifest.json", read(url, "manifest.json").replace(b"cat", b"cow"))
     with pytest.raises(CacheError, match="was changed after it was written"):
         place.fetch()
+
+
+def test_what_is_wrong_there_is_sent_again(url, here):
+    place = published(url, here)
+    place.fetch()
+    write(url, "image/00001.tar", b"cut")
+    write(url, "manifest.json", b"{")
+    with pytest.raises(CacheError, match=r"manifest\.json is damaged"):
+        place.fetch()
+    assert verify(place.fetch_whole_files()) == []
+    assert [problem.file for problem in place.problems()] == ["manifest.json", "image/00001.tar"]
+    (place.folder / "image" / "00000.tar").unlink()  # it is whole there
+    place.publish()
+    assert place.problems() == []
+    assert tree(place.fetch()) == tree(here)
+    write(url, "image/00001.tar", b"cut")
+    (place.folder / "image" / "00001.tar").write_bytes(b"cut too")
+    with pytest.raises(CacheError, match=r"00001\.tar is missing or damaged, and so is"):
+        place.publish()
+
+
+def test_shards_mended_with_other_bits_are_sent(url, here):
+    place = published(url, here)
+    file = place.fetch() / "image" / "00001.tar"
+    data = bytearray(file.read_bytes())
+    data[700] ^= 1
+    file.write_bytes(data)
+    manifest = read_manifest(place.folder)
+    records = [
+        r.model_copy(update={"crc32c": crc32c_file(file)}) if r.path == "image/00001.tar" else r
+        for r in manifest.files
+    ]
+    write_manifest(place.folder, manifest.model_copy(update={"files": records}).sealed())
+    place.publish()
+    mended = tree(place.folder)
+    shutil.rmtree(place.folder)
+    assert tree(place.fetch()) == mended != tree(here)
+
+
+def test_a_damaged_file_stays_known_until_it_is_replaced(url, here):
+    place = published(url, here)
+    whole = read(url, "image/00001.tar")
+    write(url, "image/00001.tar", whole[:700] + b"x" + whole[701:])
+    for _ in range(2):
+        folder = place.fetch_whole_files()
+        assert [str(p) for p in place.problems()] == [
+            f"image/00001.tar had a wrong checksum at {url} when it was fetched"
+        ]
+    (folder / "image" / "00001.tar").write_bytes(whole)  # mended, then killed
+    place.fetch_whole_files()
+    assert len(place.problems()) == 1
+    place.publish()
+    assert place.problems() == []
+    assert read(url, "image/00001.tar") == whole
 
 
 def test_a_cache_that_was_replaced_there_is_fetched_anew(url, here, tmp_path):
