@@ -110,16 +110,23 @@ def _plan_problems(path: Path, manifest: Manifest) -> list[Problem]:
 def file_problems(path: Path, record: FileRecord, *, hashes: bool) -> list[Problem]:
     """What is wrong with one listed file."""
     message = check_file(path, record)
-    if message is None and hashes and crc32c_file(path / record.path) != record.crc32c:
-        message = "has a wrong checksum"
+    if message is None and hashes:
+        message = _hash_problem(path / record.path, record.crc32c)
     return [] if message is None else [Problem(record.path, message)]
+
+
+def _hash_problem(file: Path, crc32c: int) -> str | None:
+    try:
+        return None if crc32c_file(file) == crc32c else "has a wrong checksum"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _backup_problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     for record in manifest.files:
         if record.path in SMALL_FILES:
             copy = path / BACKUP / record.path
-            if not copy.is_file() or crc32c_file(copy) != record.crc32c:
+            if not copy.is_file() or _hash_problem(copy, record.crc32c) is not None:
                 yield Problem(f"{BACKUP}/{record.path}", "is missing or damaged")
 
 

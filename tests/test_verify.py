@@ -1,5 +1,6 @@
 """Every kind of damage is found, named by file, and mended where the images are there."""
 
+import errno
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from cache_making import encode_shard, plan_of, tree, write_cache
 
+from detok_pipe.latents import verify as verification
 from detok_pipe.latents.cache import open_cache
 from detok_pipe.latents.errors import CacheError, DetokError, MismatchError
 from detok_pipe.latents.manifest import read_manifest
@@ -119,6 +121,22 @@ def test_a_manifest_or_a_folder_that_cannot_be_read(cache, whole):
     shutil.rmtree(folder)
     folder.write_bytes(b"")
     assert f"{name} cannot be read: Not a directory" in map(str, verify(cache))
+
+
+def test_a_shard_that_cannot_be_read_is_a_problem_and_mended(cache, whole, monkeypatch):
+    name = data_files(cache)[0]
+    refused = (cache / name).stat().st_ino
+    crc32c_file = verification.crc32c_file
+
+    def refuse(path):
+        if path.stat().st_ino == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return crc32c_file(path)
+
+    monkeypatch.setattr(verification, "crc32c_file", refuse)
+    assert [str(p) for p in verify(cache)] == [f"{name} cannot be read: Permission denied"]
+    assert repair(cache, encode) == []
+    check_mended(cache, whole)
 
 
 def test_swapped_shards(cache, whole):
