@@ -153,14 +153,16 @@ process_options = together(
         type=click.IntRange(0),
         default=0,
         envvar="RANK",
-        help="This process's number. Default: RANK, as accelerate launch and torchrun set it.",
+        show_envvar=True,  # an error names it, too
+        help="This process's number, which accelerate launch and torchrun set.",
     ),
     click.option(
         "--world",
         type=click.IntRange(1),
         default=1,
         envvar="WORLD_SIZE",
-        help="How many processes there are. Default: WORLD_SIZE. It may change between calls.",
+        show_envvar=True,
+        help="How many processes there are. It may change between calls.",
     ),
 )
 

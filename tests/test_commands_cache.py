@@ -367,6 +367,14 @@ def test_encode_says_how_it_understood_the_images(tokenizer, images, tmp_path, c
     assert "11 images, unlabelled, 1 shards of 256" in capsys.readouterr().err
 
 
+def test_a_bad_number_of_a_launcher_names_its_variable(
+    tokenizer, images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert encode(tokenizer, images, tmp_path / "cache") == 2
+    assert "'--world' (env var: 'WORLD_SIZE'): 'abc' is not" in capsys.readouterr().err
+
+
 def test_another_setting_is_refused(tokenizer, images, tmp_path, capsys):
     encode(tokenizer, images, tmp_path / "cache", "--world", 2)
     assert encode(tokenizer, images, tmp_path / "cache", "--seed", 1) == 2
