@@ -93,10 +93,10 @@ def test_statistics_of_the_set_are_a_choice(sources, images, tmp_path):
 
 def test_imported_caches_have_the_published_normalisation(sources, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    _, channels = LATENTS["mar-vae"]
+    grid, channels = LATENTS["mar-vae"]
     for folder, count in (("mar", channels), ("other", channels + 1)):
         (tmp_path / folder / "a").mkdir(parents=True)
-        moments = rng.standard_normal((2, 2 * count, 2, 2)).astype(np.float32)
+        moments = rng.standard_normal((2, 2 * count, *grid)).astype(np.float32)
         np.savez(tmp_path / folder / "a/0.npz", moments=moments[0], moments_flip=moments[1])
     weights, encoded = sources["mar-vae"]
     command = ("import-cache", tmp_path / "mar", "--quiet")

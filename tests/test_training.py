@@ -48,7 +48,7 @@ def train(
         return values
 
     with open_run(
-        folder, kind="generator", config={}, inputs={}, keep=execution.keep_checkpoints
+        folder, kind="tokenizer", config={}, inputs={}, keep=execution.keep_checkpoints
     ) as run:
         fit(
             "toy",
