@@ -6,6 +6,8 @@ import click
 
 from detok_pipe.pipelines.cli_options import (
     FOLDER,
+    NEW_FOLDER,
+    PATH,
     device_option,
     quiet_option,
     seed_option,
@@ -17,7 +19,7 @@ from detok_pipe.pipelines.published_tokenizers import TokenizerChoice
 @click.command("quickstart")
 @click.option(
     "--out",
-    type=FOLDER,
+    type=NEW_FOLDER,
     help="Where everything goes.  [default: runs/quickstart, with --fast runs/quickstart-fast]",
 )
 @click.option(
@@ -75,7 +77,7 @@ def quickstart(
     help="Folder of a sweep. May be repeated.  [default: those in RUN]",
 )
 @tokenizer_option(required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="Page.  [default: RUN/report.html]")
+@click.option("--out", type=PATH, help="Page.  [default: RUN/report.html]")
 @device_option
 @quiet_option
 def report(

@@ -169,9 +169,6 @@ class GeneratorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in self.model.items():
-            large = isinstance(value, int) and value >= 2**63
-            _check(not large, f"model.{name} must be less than 2^63, not {value}")
         _check(self.lr > 0, f"lr must be positive, not {self.lr}")
         _check(self.holdout >= 0, f"holdout must not be negative, and is {self.holdout}")
         _check(self.limit is None or self.limit > 0, f"limit must be positive, and is {self.limit}")
@@ -191,12 +188,13 @@ def _check_recipe(config: TokenizerConfig | GeneratorConfig) -> None:
         config.clip is None or config.clip > 0,
         f"clip must be positive, or null for none, and is {config.clip}",
     )
-    _check(
-        0 <= config.seed < 2**63, f"seed must be at least 0 and less than 2^63, not {config.seed}"
-    )
+    _check(config.seed >= 0, f"seed must not be negative, and is {config.seed}")
     _check(0 <= config.warmup <= 1, f"warmup is a share of the steps, and is {config.warmup}")
     duration_in_steps(config.duration, images=1, global_batch=1)
-    for name, value in vars(config).items():
+    model = getattr(config, "model", {})
+    for name, value in [*vars(config).items(), *((f"model.{k}", v) for k, v in model.items())]:
+        large = isinstance(value, int) and value >= 2**63
+        _check(not large, f"{name} must be less than 2^63, and is {value}")
         try:
             json.dumps(value, allow_nan=False)  # as the run's config.json will be written
         except ValueError:

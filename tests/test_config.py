@@ -52,6 +52,7 @@ def test_overrides_reach_into_the_model_and_accept_none():
         ("clip=0", ["clip", "null"]),
         ("seed=-1", ["seed", "-1"]),
         ("seed=9223372036854775808", ["seed", "less than 2^63", "9223372036854775808"]),
+        ("channels=99999999999999999999", ["channels must be less than 2^63"]),
         ("seed=" + "9" * 5000, ["seed", "integer"]),
         ("duration=1e9999 steps", ["duration", "1e9999", "finite"]),
         ("adversarial_start=1e9999 steps", ["duration", "1e9999", "finite"]),
