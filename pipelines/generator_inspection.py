@@ -21,7 +21,12 @@ from detok_pipe.pipelines.config import Execution, GeneratorConfig
 from detok_pipe.pipelines.ema import warn_of_early_average
 from detok_pipe.pipelines.find_tokenizer import tokenizer_if_any
 from detok_pipe.pipelines.held_out import held_out_loss
-from detok_pipe.pipelines.inspection import Inspection, samples_folder, save_picture
+from detok_pipe.pipelines.inspection import (
+    Inspection,
+    check_scores_meet_checkpoints,
+    samples_folder,
+    save_picture,
+)
 from detok_pipe.pipelines.preview import preview_grid
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.progress import say
@@ -92,12 +97,7 @@ class Preview:
                 "--keep-best score needs scores: ask for them with --score-every and --score-ref, "
                 "or choose --keep-best loss"
             )
-        if self.score_every % execution.checkpoint_every:
-            raise ConfigError(
-                f"--keep-best score: --score-every {self.score_every} is no multiple of "
-                f"--checkpoint-every {execution.checkpoint_every}, so some scores would belong to "
-                "no checkpoint; change one of the two"
-            )
+        check_scores_meet_checkpoints("--score-every", self.score_every, execution)
 
 
 def inspections(

@@ -8,7 +8,9 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
+from detok_pipe.latents.errors import ConfigError
 from detok_pipe.pipelines import pictures
+from detok_pipe.pipelines.config import Execution
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ def inspect(inspections: Sequence[Inspection], step: int, steps: int) -> dict[st
         if each.due(step, steps):
             found.update(each.run(step))
     return found
+
+
+def check_scores_meet_checkpoints(option: str, every: int, execution: Execution) -> None:
+    """Check that each score of ``--keep-best score`` belongs to a checkpoint.
+
+    Args:
+        option: what the steps ``every`` are called on the command line.
+
+    Raises:
+        ConfigError: some fall between the checkpoints.
+    """
+    if every % execution.checkpoint_every:
+        raise ConfigError(
+            f"--keep-best score: {option} {every} is no multiple of --checkpoint-every "
+            f"{execution.checkpoint_every}, so some scores would belong to no checkpoint; change "
+            "one of the two"
+        )
 
 
 def samples_folder(run: Path) -> Path:

@@ -16,6 +16,7 @@ from detok_pipe.pipelines.config import Execution, TokenizerConfig, duration_in_
 from detok_pipe.pipelines.ema import Ema
 from detok_pipe.pipelines.image_loader import ImageLoader
 from detok_pipe.pipelines.images import ImageSource, open_images
+from detok_pipe.pipelines.inspection import check_scores_meet_checkpoints
 from detok_pipe.pipelines.perceptual import perceptual_term
 from detok_pipe.pipelines.processes import Processes
 from detok_pipe.pipelines.run_directory import read_config
@@ -133,12 +134,7 @@ def _check_keep_best(execution: Execution, validation: Validation) -> None:
         if validation.data is not None:
             missing = "a Fréchet distance, which --features none leaves out"
         raise ConfigError(f"--keep-best score needs {missing}; give it, or choose --keep-best loss")
-    if validation.every % execution.checkpoint_every:
-        raise ConfigError(
-            f"--keep-best score: --eval-every {validation.every} is no multiple of "
-            f"--checkpoint-every {execution.checkpoint_every}, so some scores would belong to no "
-            "checkpoint; change one of the two"
-        )
+    check_scores_meet_checkpoints("--eval-every", validation.every, execution)
 
 
 @flushed_denormals()
