@@ -101,10 +101,10 @@ print(peaks[2] - peaks[1])
 
 
 def test_finishing_takes_the_memory_of_a_shard(tmp_path):
-    """However many shards there are. One is 8 MB of fp32 in all views and fields; 14 more may add
-    as much as two. In a process of its own, whose memory nothing else changes."""
+    """However many shards there are. One is 8 MB of fp32 in all views and fields, so 14 more would
+    add 112 MB; the threads' allocators alone add up to 20. In a process of its own."""
     private_memory()  # skips where the system does not tell
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", FINISH, str(tmp_path)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    assert int(done.stdout) < 16 << 20
+    assert int(done.stdout) < 56 << 20
